@@ -1,0 +1,41 @@
+"""The varlen core that attention mechanisms share: softmax attention inside each packed sequence.
+
+Shape legend: T tokens, H heads, C channels of a head.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe.batch import PackedBatch
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
+    """Bidirectional `softmax(q k^T / sqrt(C)) v` of each sequence over its own tokens.
+
+    CUDA in half precision uses torch's varlen kernel. Everything else calls scaled-dot-product attention
+    once per sequence, which on a CPU beats padding to the longest one.
+
+    Args:
+        q, k, v: `[T, H, C]`, same dtype.
+        batch: where the sequences lie.
+
+    Returns:
+        `[T, H, C]`.
+    """
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        cu = batch.cu_seqlens
+        return varlen_attn(q, k, v, cu, cu, batch.max_seqlen, batch.max_seqlen)
+    lengths = batch.cu_seqlens.diff().tolist()
+    if not lengths:
+        return torch.zeros_like(q)
+    # split and cat, not slices: their backward writes every gradient once instead of adding padded copies.
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    return torch.cat([_one_sequence(*part) for part in parts])
+
+
+def _one_sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, H, S, C]
+    return F.scaled_dot_product_attention(*heads_first).squeeze(0).transpose(0, 1)

@@ -1,0 +1,84 @@
+"""Packed tokens: padding is removed once, at the boundary, and never seen inside.
+
+Shape legend: T real tokens, B sequences, L padded length.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PackedBatch(NamedTuple):
+    """Where the sequences lie in a packed `[T, ...]` tensor, and where they came from."""
+
+    cu_seqlens: Tensor  # [B+1] int32, sequence b is tokens cu_seqlens[b]:cu_seqlens[b+1]
+    max_seqlen: int
+    positions: Tensor  # [T] int64, a token's place among the real tokens of its sequence
+    token_index: Tensor  # [T] int64 into the flat [B*L] grid, for unpack
+    seq_index: Tensor  # [B] int64, the original row of each sequence
+    shape: tuple[int, int]  # (B, L) of the grid the tokens came from
+
+
+def pack(attention_mask: Tensor) -> PackedBatch:
+    """Describe the real tokens of a padded grid.
+
+    Padding may stand anywhere in a row (left, right or between); a row without a real token is an empty
+    sequence.
+
+    Args:
+        attention_mask: `[B, L]`, bool or integer, 1 = real token.
+
+    Raises:
+        ValueError: if the mask isn't two-dimensional or holds anything but 0 and 1.
+    """
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; expected [batch, length] with 1 for "
+            "real tokens and 0 for padding"
+        )
+    real = attention_mask.bool()
+    if attention_mask.dtype != torch.bool and not torch.equal(real.to(attention_mask.dtype), attention_mask):
+        raise ValueError(
+            "attention_mask holds values other than 0 and 1; expected 1 for real tokens and 0 for padding "
+            "(not an additive mask)"
+        )
+    lengths = real.sum(1)
+    return PackedBatch(
+        cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+        max_seqlen=int(lengths.max()) if lengths.numel() else 0,
+        positions=(real.cumsum(1) - 1)[real],
+        token_index=real.flatten().nonzero().squeeze(1),
+        seq_index=torch.arange(real.shape[0], device=real.device),
+        shape=(real.shape[0], real.shape[1]),
+    )
+
+
+def pack_lengths(lengths: Sequence[int]) -> PackedBatch:
+    """Describe sequences that are packed already, on the CPU; `unpack` lays them out right-padded."""
+    counts = torch.tensor(lengths, dtype=torch.int64)
+    longest = int(counts.max()) if len(lengths) else 0
+    ends = counts.cumsum(0)
+    rows = torch.repeat_interleave(torch.arange(len(lengths)), counts)
+    positions = torch.arange(int(counts.sum())) - (ends - counts)[rows]
+    return PackedBatch(
+        cu_seqlens=torch.nn.functional.pad(ends, (1, 0)).to(torch.int32),
+        max_seqlen=longest,
+        positions=positions,
+        token_index=rows * longest + positions,
+        seq_index=torch.arange(len(lengths)),
+        shape=(len(lengths), longest),
+    )
+
+
+def unpack(x: Tensor, batch: PackedBatch) -> Tensor:
+    """Lay packed `[T, ...]` values out on their `[B, L, ...]` grid, zero at padding."""
+    rows, length = batch.shape
+    grid = x.new_zeros((rows * length, *x.shape[1:]))
+    return grid.index_copy(0, batch.token_index, x).view(rows, length, *x.shape[1:])
+
+
+def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    """The same batch with its tensors on `device`, copied without waiting for the host."""
+    return PackedBatch(*(f.to(device, non_blocking=True) if isinstance(f, Tensor) else f for f in batch))

@@ -1,0 +1,46 @@
+"""One encoder layer. Shape legend in `routing/types.py`."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from moe.attention.softmax import SoftmaxAttention
+from moe.batch import PackedBatch
+from moe.config import BlockConfig, DenseConfig
+from moe.experts.layer import MoEFeedForward
+from moe.feed_forward import FeedForward
+from routing.types import RoutingStats
+
+
+class BlockOutput(NamedTuple):
+    x: Tensor  # [T, D]
+    routing: dict[str, RoutingStats]  # by what was routed: "experts"
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
+
+    def __init__(self, config: BlockConfig, width: int, dropout: float, norm_eps: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, eps=norm_eps, bias=False)
+        self.attention = SoftmaxAttention(config.attention, width)
+        self.feed_forward_norm = nn.LayerNorm(width, eps=norm_eps, bias=False)
+        ff = config.feed_forward
+        self.feed_forward = (
+            FeedForward(width, ff.width, ff.activation)
+            if isinstance(ff, DenseConfig)
+            else MoEFeedForward(ff, width)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, batch: PackedBatch) -> BlockOutput:
+        """`[T, D]` -> `[T, D]` with the statistics of what was routed."""
+        routing: dict[str, RoutingStats] = {}
+        mixed, heads = self.attention(self.attention_norm(x), batch)
+        if heads is not None:
+            routing["heads"] = heads
+        x = x + self.dropout(mixed)
+        fed = self.feed_forward(self.feed_forward_norm(x))
+        if isinstance(fed, tuple):
+            fed, routing["experts"] = fed
+        return BlockOutput(x + self.dropout(fed), routing)

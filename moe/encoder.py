@@ -1,0 +1,80 @@
+"""The encoder: ids in, hidden states and routing statistics out. Shape legend in `routing/types.py`."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe.batch import PackedBatch, pack, unpack
+from moe.block import EncoderBlock
+from moe.config import EncoderConfig
+from moe.embeddings import Embeddings
+from routing import Router, RoutingStats
+
+
+class EncoderOutput(NamedTuple):
+    last_hidden_state: Tensor  # [B, L, D], zero at padding; [T, D] for packed input
+    routing: dict[str, RoutingStats]  # "3.experts": layer 3's expert router
+
+
+class Encoder(nn.Module):
+    """A stack of blocks over packed tokens. Padding changes nothing: it is removed before the first layer."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config.vocab_size, config.width, config.dropout, config.norm_eps)
+        self.blocks = nn.ModuleList(
+            EncoderBlock(block, config.width, config.dropout, config.norm_eps) for block in config.blocks()
+        )
+        self.final_norm = nn.LayerNorm(config.width, eps=config.norm_eps, bias=False)
+        self.recompute_blocks = False  # activation checkpointing: set by the trainer, not part of the model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, batch: PackedBatch | None = None
+    ) -> EncoderOutput:
+        """Encode a padded grid, or tokens that are packed already.
+
+        Args:
+            input_ids: `[B, L]` int64; `[T]` if `batch` is given.
+            attention_mask: `[B, L]`, 1 = real token; default: every token is real.
+            batch: where the sequences of packed `input_ids` lie.
+
+        Raises:
+            ValueError: for ids and masks of different shapes, or a mask beside a batch.
+        """
+        if batch is not None:
+            if attention_mask is not None:
+                raise ValueError(
+                    "give attention_mask for padded input_ids or batch for packed ones, not both"
+                )
+            return self._encode(input_ids, batch)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if mask.shape != input_ids.shape:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)} but attention_mask {tuple(mask.shape)}; "
+                "both must be [batch, length]"
+            )
+        batch = pack(mask)
+        x, routing = self._encode(input_ids.flatten()[batch.token_index], batch)
+        return EncoderOutput(unpack(x, batch), routing)
+
+    def _encode(self, ids: Tensor, batch: PackedBatch) -> EncoderOutput:
+        x = self.embeddings(ids)
+        routing: dict[str, RoutingStats] = {}
+        for layer, block in enumerate(self.blocks):
+            if self.recompute_blocks and torch.is_grad_enabled():
+                x, routed = checkpoint(block, x, batch, use_reentrant=False)
+            else:
+                x, routed = block(x, batch)
+            routing.update({f"{layer}.{kind}": stats for kind, stats in routed.items()})
+        return EncoderOutput(self.final_norm(x), routing)
+
+    def routers(self) -> dict[str, Router]:
+        """Every router, under the name of its statistics in `EncoderOutput.routing`."""
+        return {
+            f"{layer}.experts": block.feed_forward.router
+            for layer, block in enumerate(self.blocks)
+            if hasattr(block.feed_forward, "router")
+        }

@@ -1,0 +1,33 @@
+"""The dense feed-forward network, and the activations that experts share with it."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe.config import Activation
+
+
+def input_width(hidden: int, activation: Activation) -> int:
+    """Columns of the first matrix: a gated activation takes a gate beside each hidden unit."""
+    return hidden if activation == "gelu" else 2 * hidden
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """`[.., input_width]` -> `[.., hidden]`. GEGLU and SwiGLU (arXiv 2002.05202) gate the second half by the first."""
+    if activation == "gelu":
+        return F.gelu(x)
+    gate, value = x.chunk(2, dim=-1)
+    return (F.silu(gate) if activation == "swiglu" else F.gelu(gate)) * value
+
+
+class FeedForward(nn.Module):
+    """`down(activate(up(x)))`, without biases."""
+
+    def __init__(self, width: int, hidden: int, activation: Activation) -> None:
+        super().__init__()
+        self.activation: Activation = activation
+        self.up = nn.Linear(width, input_width(hidden, activation), bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[.., D]` -> `[.., D]`."""
+        return self.down(activate(self.up(x), self.activation))

@@ -1,0 +1,49 @@
+"""How many slots a choice has, and who is dropped when there are too few."""
+
+from math import ceil
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def slots_per_choice(tokens: int, top_k: int, num_choices: int, factor: float) -> int:
+    """`ceil(factor * K * T / E)`, at least 1 (Switch, arXiv 2101.03961, eq. 3). Needs shapes only, no sync."""
+    return max(1, ceil(factor * top_k * tokens / num_choices))
+
+
+def keep_within_capacity(
+    choices: Tensor,
+    probs: Tensor,
+    slots: int,
+    order: Literal["probability", "position"],
+) -> Tensor:
+    """Mark the assignments that find a slot.
+
+    `probability`: a choice keeps the assignments with the highest probability (batch-prioritised, arXiv
+    2106.05974, section 4.1); equal ones as by position. `position`: all first choices in token order, then all
+    second choices, and so on (GShard, arXiv 2006.16668, algorithm 1).
+
+    Args:
+        choices: `[T, K]` int64.
+        probs: `[T, E]`, the router's probabilities.
+        slots: places each choice has.
+        order: who comes first.
+
+    Returns:
+        `[T, K]` bool. A choice never keeps more than `slots`, and never drops while it has a free one.
+    """
+    tokens, top_k = choices.shape
+    wanted = choices.t().reshape(-1)  # rank-major: all first choices, then all second ones
+    if order == "probability":
+        priority = probs.detach().gather(1, choices).t().reshape(-1)
+        queue = priority.argsort(descending=True, stable=True)
+    else:
+        queue = torch.arange(wanted.numel(), device=choices.device)
+    queue = queue[wanted[queue].argsort(stable=True)]  # grouped by choice, each group in priority order
+    grouped = wanted[queue]
+    group_start = torch.searchsorted(grouped, grouped)  # leftmost: where the group begins
+    place = torch.arange(grouped.numel(), device=choices.device) - group_start
+    kept = torch.empty_like(place, dtype=torch.bool)
+    kept[queue] = place < slots
+    return kept.view(top_k, tokens).t()
