@@ -1,0 +1,21 @@
+"""moe: the encoder that obeys the router."""
+
+from moe.batch import PackedBatch, pack, pack_lengths, unpack
+from moe.config import EncoderConfig
+from moe.encoder import Encoder, EncoderOutput
+from moe.heads import MaskedLM, MaskedLMOutput
+from moe.pretrained import from_pretrained, save_pretrained
+
+__all__ = [
+    "Encoder",
+    "EncoderConfig",
+    "EncoderOutput",
+    "MaskedLM",
+    "MaskedLMOutput",
+    "PackedBatch",
+    "from_pretrained",
+    "pack",
+    "pack_lengths",
+    "save_pretrained",
+    "unpack",
+]

@@ -81,4 +81,9 @@ def unpack(x: Tensor, batch: PackedBatch) -> Tensor:
 
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
     """The same batch with its tensors on `device`, copied without waiting for the host."""
-    return PackedBatch(*(f.to(device, non_blocking=True) if isinstance(f, Tensor) else f for f in batch))
+    return batch._replace(
+        cu_seqlens=batch.cu_seqlens.to(device, non_blocking=True),
+        positions=batch.positions.to(device, non_blocking=True),
+        token_index=batch.token_index.to(device, non_blocking=True),
+        seq_index=batch.seq_index.to(device, non_blocking=True),
+    )

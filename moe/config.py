@@ -105,7 +105,7 @@ class EveryNth(Config):
 class BlockOverride(Config):
     """What some layers are made of instead; what isn't given stays as it is."""
 
-    layers: EveryNth | list[int]
+    layers: EveryNth | tuple[int, ...]
     attention: SoftmaxAttentionConfig | None = None
     feed_forward: FeedForwardConfig | None = None
 
@@ -122,7 +122,7 @@ class EncoderConfig(Config):
     width: int = Field(default=256, ge=1)
     depth: int = Field(default=4, ge=1)
     block: BlockConfig = BlockConfig()
-    overrides: list[BlockOverride] = []
+    overrides: tuple[BlockOverride, ...] = ()
     dropout: float = Field(default=0.0, ge=0, lt=1)  # of what each sublayer adds to the residual
     norm_eps: float = Field(default=1e-5, gt=0)
 
@@ -173,7 +173,7 @@ class EncoderConfig(Config):
                 [rule.layers.start]
                 if isinstance(rule.layers, EveryNth) and rule.layers.start >= self.depth
                 else [n for n in rule.layers if not 0 <= n < self.depth]
-                if isinstance(rule.layers, list)
+                if isinstance(rule.layers, tuple)
                 else []
             )
             if missing:

@@ -10,6 +10,7 @@ from moe.batch import PackedBatch, pack, unpack
 from moe.block import EncoderBlock
 from moe.config import EncoderConfig
 from moe.embeddings import Embeddings
+from moe.experts.layer import MoEFeedForward
 from routing import Router, RoutingStats
 
 
@@ -76,5 +77,5 @@ class Encoder(nn.Module):
         return {
             f"{layer}.experts": block.feed_forward.router
             for layer, block in enumerate(self.blocks)
-            if hasattr(block.feed_forward, "router")
+            if isinstance(block, EncoderBlock) and isinstance(block.feed_forward, MoEFeedForward)
         }

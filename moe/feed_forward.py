@@ -12,7 +12,7 @@ def input_width(hidden: int, activation: Activation) -> int:
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
-    """`[.., input_width]` -> `[.., hidden]`. GEGLU and SwiGLU (arXiv 2002.05202) gate the second half by the first."""
+    """`[.., input_width]` -> `[.., hidden]`. GEGLU, SwiGLU (arXiv 2002.05202): the first half is the gate."""
     if activation == "gelu":
         return F.gelu(x)
     gate, value = x.chunk(2, dim=-1)

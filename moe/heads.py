@@ -1,4 +1,4 @@
-"""What is predicted from the encoder's states. Shape legend in `routing/types.py`; V vocabulary, N positions."""
+"""What is predicted from the encoder's states. Shape legend in `routing/types.py`; V words, N positions."""
 
 from typing import NamedTuple
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def slots_per_choice(tokens: int, top_k: int, num_choices: int, factor: float) -> int:
-    """`ceil(factor * K * T / E)`, at least 1 (Switch, arXiv 2101.03961, eq. 3). Needs shapes only, no sync."""
+    """`ceil(factor * K * T / E)`, at least 1 (Switch, arXiv 2101.03961, eq. 3). Shapes alone: no sync."""
     return max(1, ceil(factor * top_k * tokens / num_choices))
 
 
@@ -20,9 +20,9 @@ def keep_within_capacity(
 ) -> Tensor:
     """Mark the assignments that find a slot.
 
-    `probability`: a choice keeps the assignments with the highest probability (batch-prioritised, arXiv
-    2106.05974, section 4.1); equal ones as by position. `position`: all first choices in token order, then all
-    second choices, and so on (GShard, arXiv 2006.16668, algorithm 1).
+    `probability`: a choice keeps the assignments with the highest probability (batch-prioritised, after arXiv
+    2106.05974, section 4.1); equal ones as by position. `position`: all first choices in token order, then
+    all second choices, and so on (GShard, arXiv 2006.16668, algorithm 1).
 
     Args:
         choices: `[T, K]` int64.

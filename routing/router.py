@@ -16,9 +16,9 @@ INIT_SCALE = 0.1
 class Router(nn.Module):
     """Softmax top-k router over `num_choices` experts, heads or exits.
 
-    `probs = softmax(x W^T)`; the `top_k` highest are chosen (Shazeer et al. 2017, arXiv 1701.06538, without its
-    noise). All arithmetic is float32 whatever the dtype of `x` and under autocast. `forward` mutates nothing:
-    the selection bias is updated from outside, once per optimizer step (`routing.balance`).
+    `probs = softmax(x W^T)`; the `top_k` highest are chosen (Shazeer et al. 2017, arXiv 1701.06538, without
+    its noise). All arithmetic is float32 whatever the dtype of `x` and under autocast. `forward` mutates
+    nothing: the selection bias is updated from outside, once per optimizer step (`routing.balance`).
 
     Args:
         config: see `RouterConfig`.
@@ -79,11 +79,14 @@ class Router(nn.Module):
         return scores.topk(self.config.top_k, dim=-1).indices
 
     def _keep(self, choices: Tensor, probs: Tensor) -> Tensor:
+        everything = torch.ones_like(choices, dtype=torch.bool)
         capacity = self.config.capacity
-        factor = capacity and (capacity.train if self.training else capacity.evaluation)
-        if capacity is None or factor is None:
-            return torch.ones_like(choices, dtype=torch.bool)
-        slots = slots_per_choice(*choices.shape, self.num_choices, factor)
+        if capacity is None:
+            return everything
+        factor = capacity.train if self.training else capacity.evaluation
+        if factor is None:
+            return everything
+        slots = slots_per_choice(choices.shape[0], self.config.top_k, self.num_choices, factor)
         return keep_within_capacity(choices, probs, slots, capacity.order)
 
     def extra_repr(self) -> str:

@@ -1,6 +1,7 @@
 """Routing -> RoutingStats, and what a person reads from them. Shape legend in `routing/types.py`."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,3 +40,24 @@ def load(assigned: Tensor) -> Tensor:
 def max_over_mean(assigned: Tensor) -> float:
     """Load of the fullest choice over the mean load: 1 is perfect balance, E is collapse, 0 if no tokens."""
     return float(load(assigned).max() * assigned.numel())
+
+
+class RoutingReport(NamedTuple):
+    """What a person reads from the statistics of one router."""
+
+    load: list[float]  # [E] share of the assignments, before capacity
+    max_over_mean: float  # 1: perfect balance; E: all to one choice
+    entropy: float  # nats, mean over tokens of the router's probabilities; at most log E
+    dropped_fraction: float  # of the assignments, by capacity
+    dead: int  # choices that got no token
+
+
+def report(stats: RoutingStats) -> RoutingReport:
+    """Read the statistics of one router. Without tokens all figures are 0 and every choice is dead."""
+    return RoutingReport(
+        load=load(stats.assigned).tolist(),
+        max_over_mean=max_over_mean(stats.assigned),
+        entropy=float(stats.entropy_sum / stats.tokens.clamp(min=1)),
+        dropped_fraction=float(stats.dropped.sum() / stats.assigned.sum().clamp(min=1)),
+        dead=int((stats.assigned == 0).sum()),
+    )

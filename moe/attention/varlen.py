@@ -27,15 +27,15 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Ten
         from torch.nn.attention.varlen import varlen_attn
 
         cu = batch.cu_seqlens
-        return varlen_attn(q, k, v, cu, cu, batch.max_seqlen, batch.max_seqlen)
-    lengths = batch.cu_seqlens.diff().tolist()
-    if not lengths:
-        return torch.zeros_like(q)
+        out = varlen_attn(q, k, v, cu, cu, batch.max_seqlen, batch.max_seqlen)
+        assert isinstance(out, Tensor)  # a tuple only when extra outputs are asked for
+        return out
+    lengths = batch.cu_seqlens.diff().tolist() or [0]  # no sequence: one without tokens keeps the graph whole
     # split and cat, not slices: their backward writes every gradient once instead of adding padded copies.
     parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     return torch.cat([_one_sequence(*part) for part in parts])
 
 
 def _one_sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, H, S, C]
-    return F.scaled_dot_product_attention(*heads_first).squeeze(0).transpose(0, 1)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, H, S, C]
+    return F.scaled_dot_product_attention(q, k, v).squeeze(0).transpose(0, 1)

@@ -13,7 +13,7 @@ from moe.feed_forward import activate, input_width
 class Experts(nn.Module):
     """E feed-forward networks over rows sorted by expert.
 
-    Parameters: `up [E, D, F]` (`[E, D, 2F]` when gated: gate first) and `down [E, F, D]`, both `[E, in, out]`.
+    Parameters, `[E, in, out]`: `up [E, D, F]` (`[E, D, 2F]` when gated: gate first) and `down [E, F, D]`.
     """
 
     def __init__(self, config: ExpertsConfig, width: int) -> None:

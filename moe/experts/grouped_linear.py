@@ -4,6 +4,7 @@ Shape legend: R rows sorted by group, E groups, I inputs, O outputs.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -25,7 +26,7 @@ def loop_grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         `[R, O]`.
     """
     bounds = [0, *ends.tolist()]
-    sizes = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    sizes = [end - start for start, end in pairwise(bounds)]
     groups = rows.split([*sizes, rows.shape[0] - bounds[-1]])
     # unbind, not weight[e]: the backward of an index writes a full-sized gradient for every group.
     parts = [group @ matrix for group, matrix in zip(groups[:-1], weight.unbind(0), strict=True)]

@@ -1,0 +1,123 @@
+"""A model as a folder: config.json, model.safetensors and tokenizer.json. Nothing loaded can run code."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moe.config import EncoderConfig
+from moe.files import whole_folder
+from moe.heads import MaskedLM
+from routing.errors import UserError
+
+MODEL_TYPE = "routed-encoder"
+FORMAT = 1
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+
+
+def save_pretrained(
+    model: MaskedLM, folder: Path, tokenizer: str | None = None, tensors: dict[str, Tensor] | None = None
+) -> None:
+    """Write a model to a folder, whole or not at all; an older model there is replaced.
+
+    Args:
+        model: whose config, and unless `tensors` is given weights, are saved.
+        folder: created if need be.
+        tokenizer: the content of a `tokenizer.json`.
+        tensors: weights by canonical name, where the model itself holds only a part of them (ZeRO-3).
+
+    Raises:
+        UserError: if the folder can't be written.
+    """
+    config = {
+        "model_type": MODEL_TYPE,
+        "format": FORMAT,
+        "architectures": ["MaskedLM"],
+        "encoder": model.config.model_dump(mode="json"),
+    }
+    state = model.state_dict() if tensors is None else tensors
+    with whole_folder(folder) as staging:
+        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_tensors({name: t.detach().cpu().contiguous() for name, t in state.items()}, staging / WEIGHTS)
+        if tokenizer is not None:
+            (staging / TOKENIZER).write_text(tokenizer, encoding="utf-8")
+
+
+def from_pretrained(folder: Path) -> MaskedLM:
+    """Read a model that `save_pretrained` wrote, in evaluation mode, on the CPU, in the dtypes it was saved in.
+
+    Raises:
+        UserError: for a folder without a model, a broken file, or weights that don't fit the config.
+    """
+    folder = Path(folder)
+    encoder = _read_config(folder / CONFIG)
+    model = MaskedLM(encoder)
+    load_weights(model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
+    return model.eval()
+
+
+def load_weights(model: MaskedLM, tensors: dict[str, Tensor], source: str) -> None:
+    """Copy named tensors into a model.
+
+    Raises:
+        UserError: naming missing, unexpected and misshapen tensors.
+    """
+    own = model.state_dict()
+    wrong = [f"missing {name}" for name in own if name not in tensors]
+    wrong += [f"unexpected {name}" for name in tensors if name not in own]
+    wrong += [
+        f"{name} is {list(tensors[name].shape)}, expected {list(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UserError(f"{source} does not fit the model's config: {'; '.join(wrong[:5])}{more}")
+    model.load_state_dict(tensors, assign=False)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """`safetensors.save_file`, with its own error for a full disk turned into the system's."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        UserError: if it is missing or broken.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _read_config(path: Path) -> EncoderConfig:
+    try:
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path.parent} is not a model folder: cannot read {path.name} ({error.strerror}); expected "
+            f"{CONFIG} and {WEIGHTS}, as save_pretrained writes them"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
+        given = config.get("model_type") if isinstance(config, dict) else config
+        raise UserError(f"{path} describes a model of type {given!r}; expected {MODEL_TYPE!r}")
+    if config.get("format") != FORMAT:
+        raise UserError(f"{path} has format {config.get('format')!r}; this version reads format {FORMAT}")
+    try:
+        return EncoderConfig.model_validate(config.get("encoder"))
+    except ValidationError as error:
+        raise UserError(f"{path} holds an invalid encoder config: {error}") from error

@@ -1,0 +1,31 @@
+"""What all tests share."""
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+# Derandomised: the same examples on every machine, so a red build is red for its author too.
+hypothesis.settings.register_profile("house", max_examples=50, deadline=None, derandomize=True)
+hypothesis.settings.load_profile("house")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def uninitialised_is_nan() -> Iterator[None]:
+    """Memory that a kernel allocates and doesn't write holds NaN instead of, by luck, zeros."""
+    torch.use_deterministic_algorithms(True)  # with it, torch fills new memory
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,198 @@
+"""The encoder: what padding, neighbours and recomputation must not change."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from moe.batch import pack, pack_lengths
+from moe.config import EncoderConfig
+from moe.encoder import Encoder, EncoderOutput
+from routing import RoutingStats
+from tests.oracles import gradients, random_like
+
+MIXED = EncoderConfig(
+    vocab_size=30,
+    width=16,
+    depth=3,
+    block={"attention": {"heads": 2}, "feed_forward": {"kind": "dense", "width": 24, "activation": "swiglu"}},
+    overrides=[
+        {
+            "layers": {"every": 2},
+            "feed_forward": {"kind": "experts", "count": 4, "width": 16, "shared_width": 8},
+        }
+    ],
+)
+
+
+def with_router(dropout: float = 0.0, **router) -> EncoderConfig:
+    experts = {"kind": "experts", "count": 4, "width": 16, "router": router}
+    return MIXED.model_validate(
+        {
+            **MIXED.model_dump(),
+            "overrides": [{"layers": {"every": 2}, "feed_forward": experts}],
+            "dropout": dropout,
+        }
+    )
+
+
+def encoder_of(config: EncoderConfig = MIXED) -> Encoder:
+    """An encoder whose routers have opinions and whose tokens differ."""
+    encoder = Encoder(config)
+    for router in encoder.routers().values():
+        torch.nn.init.normal_(router.weight, std=0.5)
+    return encoder
+
+
+def assert_same_stats(one: dict[str, RoutingStats], other: dict[str, RoutingStats]) -> None:
+    assert one.keys() == other.keys()
+    for name, stats in one.items():
+        for field in ("assigned", "dropped", "tokens"):
+            assert torch.equal(getattr(stats, field), getattr(other[name], field))
+        assert_close(stats._asdict(), other[name]._asdict())
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(0, 30, (3, 5))
+
+
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
+
+
+@pytest.mark.parametrize("capacity", [None, {"train": 0.75}, {"train": 0.75, "order": "position"}], ids=str)
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_changes_nothing(side: str, capacity: dict | None, ids: Tensor) -> None:
+    left, right = {"left": (3, 0), "right": (0, 4), "both": (2, 1)}[side]
+    encoder = encoder_of(with_router(capacity=capacity))
+    plain = encoder(ids, MASK)
+    mask = torch.nn.functional.pad(MASK, (left, right))
+    padded = encoder(torch.nn.functional.pad(ids, (left, right), value=29), mask)
+    assert padded.last_hidden_state.shape == (3, 5 + left + right, 16)
+    assert_close(padded.last_hidden_state[:, left : left + 5], plain.last_hidden_state)
+    assert torch.equal(padded.last_hidden_state[mask == 0], torch.zeros(int((mask == 0).sum()), 16))
+    assert_same_stats(padded.routing, plain.routing)
+    assert (sum(s.dropped.sum() for s in plain.routing.values()) > 0) == (capacity is not None)
+
+
+def test_ids_at_padding_are_never_read(ids: Tensor) -> None:
+    encoder = encoder_of()
+    nonsense = torch.where(MASK == 1, ids, -100)  # not even in the vocabulary
+    assert_close(encoder(nonsense, MASK).last_hidden_state, encoder(ids, MASK).last_hidden_state)
+
+
+def test_batch_mates_change_nothing_when_dropless(ids: Tensor) -> None:
+    encoder = encoder_of()
+    together = encoder(ids, MASK)
+    alone = [encoder(row[: int(m.sum())][None]) for row, m in zip(ids, MASK, strict=True)]
+    for b, one in enumerate(alone):
+        assert_close(
+            together.last_hidden_state[b, : one.last_hidden_state.shape[1]], one.last_hidden_state[0]
+        )
+    for name, stats in together.routing.items():
+        assert torch.equal(stats.assigned, sum(one.routing[name].assigned for one in alone))
+
+
+def test_an_edit_in_one_row_reaches_only_that_row(ids: Tensor) -> None:
+    encoder, edited = encoder_of(), ids.clone()
+    edited[0, 4] = (edited[0, 4] + 1) % 30
+    before, after = encoder(ids, MASK).last_hidden_state, encoder(edited, MASK).last_hidden_state
+    assert_close(after[1:], before[1:])
+    assert (after[0, 0] - before[0, 0]).abs().max() > 1e-4  # and all of that row: attention is bidirectional
+
+
+def test_packed_and_padded_inputs_agree(ids: Tensor) -> None:
+    encoder = encoder_of()
+    padded, real = encoder(ids, MASK), MASK.bool()
+    packed = encoder(ids[real], batch=pack_lengths(MASK.sum(1).tolist()))
+    assert packed.last_hidden_state.shape == (11, 16)
+    assert_close(packed.last_hidden_state, padded.last_hidden_state[real])
+    assert_same_stats(packed.routing, padded.routing)
+
+
+def test_every_token_is_real_without_a_mask(ids: Tensor) -> None:
+    encoder = encoder_of()
+    assert_close(encoder(ids).last_hidden_state, encoder(ids, torch.ones_like(ids)).last_hidden_state)
+
+
+def test_statistics_bear_the_names_of_their_routers(ids: Tensor) -> None:
+    encoder = encoder_of()
+    routing = encoder(ids, MASK).routing
+    assert list(routing) == list(encoder.routers()) == ["0.experts", "2.experts"]
+    assert encoder.routers()["2.experts"] is encoder.blocks[2].feed_forward.router
+    assert all(stats.tokens == 11 and stats.assigned.sum() == 22 for stats in routing.values())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [MIXED, with_router(jitter=0.2), with_router(dropout=0.3, jitter=0.2, capacity={"train": 0.75})],
+    ids=["plain", "jitter", "jitter, dropout and capacity"],
+)
+def test_recomputed_blocks_give_the_same_gradients_and_count_once(config: EncoderConfig, ids: Tensor) -> None:
+    encoder = encoder_of(config)
+    parameters = dict(encoder.named_parameters())
+
+    def differentiable(output: EncoderOutput) -> list[Tensor]:
+        sums = [[s.prob_sum, s.lse_sq_sum] for s in output.routing.values()]
+        return [output.last_hidden_state, *(field for fields in sums for field in fields)]
+
+    def run(recompute: bool) -> tuple[EncoderOutput, dict[str, Tensor]]:
+        torch.manual_seed(1)
+        encoder.recompute_blocks = recompute
+        calls = []
+        handles = [b.register_forward_pre_hook(lambda *_: calls.append(1)) for b in encoder.blocks]
+        output = encoder(ids, MASK)
+        torch.manual_seed(2)
+        upstream = random_like(*differentiable(output))
+        grads = torch.autograd.grad(differentiable(output), list(parameters.values()), upstream)
+        for handle in handles:
+            handle.remove()
+        assert len(calls) == (6 if recompute else 3)  # it does recompute
+        return output, dict(zip(parameters, grads, strict=True))
+
+    (plain, plain_grads), (again, again_grads) = run(False), run(True)
+    assert_close(again.last_hidden_state, plain.last_hidden_state)
+    assert_same_stats(again.routing, plain.routing)
+    assert all(stats.tokens == 11 for stats in again.routing.values())
+    assert_close(again_grads, plain_grads)
+
+
+def test_evaluation_is_deterministic_and_dropless(ids: Tensor) -> None:
+    encoder = encoder_of(with_router(dropout=0.5, jitter=0.5, capacity={"train": 0.25}))
+    assert sum(s.dropped.sum() for s in encoder(ids, MASK).routing.values()) > 0
+    encoder.eval()
+    one, other = encoder(ids, MASK), encoder(ids, MASK)
+    assert torch.equal(one.last_hidden_state, other.last_hidden_state)
+    assert sum(s.dropped.sum() for s in one.routing.values()) == 0
+
+
+def test_every_parameter_learns(ids: Tensor) -> None:
+    encoder = encoder_of()
+    states = encoder(ids, MASK).last_hidden_state
+    for name, grad in gradients(states, dict(encoder.named_parameters()), random_like(states)).items():
+        assert grad.abs().max() > 0, name
+
+
+def test_rows_without_tokens_and_batches_without_any(ids: Tensor) -> None:
+    encoder = encoder_of()
+    assert torch.equal(encoder(ids, torch.zeros_like(ids)).last_hidden_state, torch.zeros(3, 5, 16))
+    mask = torch.tensor([[0] * 5, [1] * 5, [0] * 5])
+    states = encoder(ids, mask).last_hidden_state
+    assert torch.equal(states[[0, 2]], torch.zeros(2, 5, 16))
+    assert_close(states[1], encoder(ids[1:2]).last_hidden_state[0])
+    assert encoder(ids[:0]).last_hidden_state.shape == (0, 5, 16)
+
+
+def test_a_batch_without_tokens_gives_every_parameter_a_zero_gradient(ids: Tensor) -> None:
+    encoder = encoder_of()
+    for states in (encoder(ids, torch.zeros_like(ids)).last_hidden_state, encoder(ids[:0]).last_hidden_state):
+        grads = gradients(states, dict(encoder.named_parameters()), random_like(states))
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in grads.values())
+
+
+def test_mistaken_inputs_are_refused(ids: Tensor) -> None:
+    encoder = encoder_of()
+    with pytest.raises(ValueError, match=r"input_ids has shape \(3, 5\) but attention_mask \(3, 4\)"):
+        encoder(ids, MASK[:, :4])
+    with pytest.raises(ValueError, match="not both"):
+        encoder(ids.flatten(), MASK, batch=pack(MASK))

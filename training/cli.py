@@ -1,0 +1,74 @@
+"""The `moe` command. Exit codes: 0 done, or stopped on request and saved; 1 failed; 2 yours to mend."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from routing.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; what the user can mend is told in a few lines on stderr, without a traceback."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except UserError as error:
+        print(f"moe {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="moe", description="Routed transformer encoders.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    pretrain = commands.add_parser("pretrain", help="pre-train a routed encoder on text")
+    pretrain.add_argument("config", type=Path, help="a run's YAML file, such as configs/demo.yaml")
+    pretrain.add_argument("overrides", nargs="*", metavar="a.b=value", help="values in place of the file's")
+    pretrain.set_defaults(run=_pretrain)
+
+    launch = commands.add_parser("launch", help="run a moe command on several processes")
+    launch.add_argument("--ranks", type=int, help="processes on each machine (default: one per GPU)")
+    launch.add_argument("--hostfile", type=Path, help="machines, one 'name slots=N' a line")
+    launch.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="pretrain CONFIG.yaml ..."
+    )
+    launch.set_defaults(run=_launch)
+    return parser
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    from training.config import load_run_config  # heavy imports wait until they are needed
+
+    run = load_run_config(options.config, options.overrides)
+    from training.engine import FailedElsewhere, stop_processes
+    from training.pretrain import pretrain
+    from training.step import NonFiniteLoss
+
+    try:
+        pretrain(run)
+    except NonFiniteLoss as error:
+        print(
+            f"moe pretrain: the loss is not finite any more ({error}). Training stopped before the update; "
+            f"the last good checkpoint is in {run.run_dir}/checkpoints. Lower optimizer.lr, or raise the "
+            "schedule's warmup, and start a new run_dir",
+            file=sys.stderr,
+        )
+        return 1
+    except FailedElsewhere:
+        return 2
+    finally:
+        stop_processes()
+    return 0
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from training.launch import launch
+
+    words = options.words[1:] if options.words[:1] == ["--"] else options.words
+    if not words:
+        raise UserError("say what to launch after --, such as: moe launch --ranks 2 -- pretrain CONFIG.yaml")
+    return launch(options.ranks, options.hostfile, words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

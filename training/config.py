@@ -1,0 +1,228 @@
+"""RunConfig: everything a run is, read from YAML and `a.b=value` overrides."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from moe.config import EncoderConfig
+from routing.config import Config
+from routing.errors import UserError
+from training.data.config import DataConfig
+
+
+class ObjectiveConfig(Config):
+    """Masked language modelling, and what the routers are asked for beside it."""
+
+    balance: float = Field(default=0.01, ge=0)  # coefficient of the load-balancing loss, summed over layers
+    z: float = Field(default=0.001, ge=0)  # coefficient of the router z-loss, summed over layers
+
+
+class LinearSchedule(Config):
+    """Warm up, then fall linearly to `final` times the peak."""
+
+    kind: Literal["linear"] = "linear"
+    warmup: int = Field(default=100, ge=0)  # steps
+    final: float = Field(default=0.0, ge=0, le=1)
+
+
+class CosineSchedule(Config):
+    """Warm up, then fall along half a cosine to `final` times the peak."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup: int = Field(default=100, ge=0)
+    final: float = Field(default=0.0, ge=0, le=1)
+
+
+class StableSchedule(Config):
+    """Warm up, stay, and fall linearly over the last `decay` share of the run (warmup-stable-decay)."""
+
+    kind: Literal["stable"] = "stable"
+    warmup: int = Field(default=100, ge=0)
+    decay: float = Field(default=0.25, ge=0, le=1)
+    final: float = Field(default=0.0, ge=0, le=1)
+
+
+ScheduleConfig = Annotated[LinearSchedule | CosineSchedule | StableSchedule, Field(discriminator="kind")]
+
+
+class OptimizerConfig(Config):
+    """AdamW (arXiv 1711.05101). Norms and biases don't decay."""
+
+    lr: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)  # 0: no clipping
+    schedule: ScheduleConfig = StableSchedule()
+
+
+class TrainConfig(Config):
+    """The run's length and how its batches are cut."""
+
+    max_steps: int = Field(default=1000, ge=1)
+    step_tokens: int = Field(default=4096, ge=8)  # tokens of one optimizer step, over all ranks
+    # Tokens a rank holds at once; the step is accumulated from as many micro-batches as it takes. A target:
+    # a micro-batch may exceed it by less than one sequence.
+    micro_batch_tokens: int = Field(default=4096, ge=8)
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast over float32 parameters
+    activation_checkpointing: bool = False
+    evaluate_every: int = Field(default=200, ge=1)  # steps; the end is always evaluated
+    evaluation_tokens: int = Field(default=65_536, ge=1)  # of the held-out split
+
+
+class ParallelConfig(Config):
+    zero_stage: Literal[0, 1, 2, 3] = 0
+
+
+class CheckpointConfig(Config):
+    every: int = Field(default=500, ge=1)  # steps
+    keep: int = Field(default=2, ge=1)
+    resume: str = "auto"  # "auto": the run's newest whole one, if any; "never"; or a checkpoint's path
+
+
+class LogConfig(Config):
+    every: int = Field(default=10, ge=1)  # steps between points in TensorBoard and lines on a plain console
+
+
+class EngineConfig(Config):
+    deepspeed: dict[str, Any] = Field(default_factory=dict)  # merged over the generated DeepSpeed config
+
+
+class RunConfig(Config):
+    """One run. YAML path = attribute path."""
+
+    run_dir: str
+    seed: int = Field(default=0, ge=0)
+    model: EncoderConfig = EncoderConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "RunConfig":
+        wanted = getattr(self.data.tokenizer, "vocab_size", 0)
+        if wanted > self.model.vocab_size:
+            raise ValueError(
+                f"data.tokenizer.vocab_size is {wanted} but the embedding has model.vocab_size = "
+                f"{self.model.vocab_size} rows; raise model.vocab_size or lower data.tokenizer.vocab_size"
+            )
+        if self.train.step_tokens < self.data.max_length:
+            raise ValueError(
+                f"train.step_tokens is {self.train.step_tokens} but one sequence may have data.max_length = "
+                f"{self.data.max_length} tokens; raise train.step_tokens"
+            )
+        return self
+
+
+# What a resumed run may change: its length, its layout, and what it reports and keeps.
+RESUMABLE = (
+    "run_dir",
+    "train.max_steps",
+    "train.micro_batch_tokens",
+    "train.activation_checkpointing",
+    "train.evaluate_every",
+    "parallel",
+    "checkpoint",
+    "log",
+    "engine",
+    "data.cache_dir",
+    "data.num_proc",
+)
+
+
+def load_run_config(path: Path, overrides: list[str]) -> RunConfig:
+    """Read a YAML file, apply `a.b=value` overrides (values are YAML), and validate.
+
+    Raises:
+        UserError: for a missing or malformed file, and for every invalid key or value, named by its path.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read config {path}: {error}") from error
+    try:
+        data = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds {type(data).__name__}, not sections such as `model:` and `train:`")
+    for override in overrides:
+        _apply_override(data, override)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise UserError(describe_errors(error, data, str(path))) from error
+
+
+def describe_errors(error: ValidationError, data: dict[str, Any], source: str) -> str:
+    """One line per mistake: its path as in the YAML, what is wrong, and what was given."""
+    lines = []
+    for problem in error.errors():
+        message = problem["msg"].removeprefix("Value error, ")
+        where = _yaml_path(problem["loc"], data)
+        given = "" if isinstance(problem["input"], dict | Config) else f" (given: {problem['input']!r})"
+        lines.append(f"  {where + ': ' if where else ''}{message}{given}")
+    return f"{source} is not a valid run:\n" + "\n".join(lines)
+
+
+def _yaml_path(loc: tuple[int | str, ...], data: Any) -> str:
+    """pydantic's location without the tags it inserts for tagged unions, which the YAML doesn't have."""
+    path: list[str] = []
+    for i, part in enumerate(loc):
+        if isinstance(data, dict) and (part in data or i == len(loc) - 1):
+            data = data.get(part)
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        else:
+            continue
+        path.append(str(part))
+    return ".".join(path)
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise UserError(f"override '{override}' is not of the form a.b=value, such as train.max_steps=100")
+    node: Any = data
+    for i, key in enumerate(keys):
+        last = i == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise UserError(f"override '{override}': {'.'.join(keys[:i])} is a list of {len(node)}")
+            slot: Any = int(key)
+        elif isinstance(node, dict):
+            slot = key
+        else:
+            raise UserError(f"override '{override}': {'.'.join(keys[:i])} is {node!r}, not a section")
+        if last:
+            try:
+                node[slot] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise UserError(f"override '{override}': the value is not valid YAML: {error}") from error
+        else:
+            if isinstance(node, dict) and node.get(slot) is None:
+                node[slot] = {}
+            node = node[slot]
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Lines `path: old -> new` for every leaf in which two resolved configs differ beyond `RESUMABLE`."""
+    lines: list[str] = []
+    for key in sorted({*old, *new}):
+        path = f"{prefix}{key}"
+        if path in RESUMABLE or old.get(key) == new.get(key):
+            continue
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{path}.")
+        else:
+            lines.append(f"{path}: {before!r} -> {after!r}")
+    return lines

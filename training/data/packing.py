@@ -1,0 +1,318 @@
+"""From documents to micro-batches: sequences, the order they are seen in, and how a step is cut among ranks.
+
+A step is chosen first and cut afterwards: which sequences it holds depends on the seed, the position and the
+step's budget alone, so the same run can go on with other ranks or micro-batches.
+
+Shape legend: S sequences of the dataset, B of a micro-batch, T its tokens, N its targets.
+"""
+
+import heapq
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, List, Value
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from moe.batch import PackedBatch, pack_lengths
+from training.data.errors import DataError
+from training.data.masking import MaskedSequence, MaskingConfig, mask_sequence, random_numbers
+from training.data.tokenizer import Vocabulary, special_tokens
+
+# Held-out sequences are masked alike in every run and at every evaluation, so that losses compare.
+_HELD_OUT_SEED = 0
+_HELD_OUT_EPOCH = 2**32 - 1
+
+
+class DataPosition(NamedTuple):
+    """How far the training data has been read."""
+
+    epoch: int = 0
+    offset: int = 0  # the next sequence in the epoch's order
+
+
+class MaskedBatch(NamedTuple):
+    """A micro-batch, packed. It may be empty (T = 0), where a step has fewer sequences than parts."""
+
+    input_ids: Tensor  # [T] int64, what the model sees
+    batch: PackedBatch
+    target_index: Tensor  # [N] int64 into T, ascending
+    targets: Tensor  # [N] int64, the original tokens
+    sequences: Tensor  # [B] int64, the dataset's row of each sequence
+
+
+def tokenize(documents: Dataset, tokenizer: Tokenizer, max_length: int, num_proc: int = 1) -> Dataset:
+    """Cut documents into sequences `[CLS] ... [SEP]` of at most `max_length` tokens.
+
+    Nothing is lost and nothing repeats: a long document becomes several sequences, its remainder one of its
+    own. Text that spells a special token is ordinary text. Kept in `datasets`' cache, beside the documents.
+
+    Returns:
+        columns `input_ids` (list of int32) and `length` (int32), in the documents' order.
+
+    Raises:
+        DataError: if no token comes out, or if the tokenizer lacks a special token.
+    """
+    special = special_tokens(tokenizer)
+    sequences = documents.map(
+        _cut_documents,
+        batched=True,
+        batch_size=256,
+        remove_columns=documents.column_names,
+        features=Features({"input_ids": List(Value("int32")), "length": Value("int32")}),
+        # The cache's key: a tokenizer's own hash isn't stable, its JSON is.
+        fn_kwargs={
+            "tokenizer": tokenizer.to_str(),
+            "cls": special.cls,
+            "sep": special.sep,
+            "max_length": max_length,
+        },
+        num_proc=num_proc if num_proc > 1 else None,
+        desc="tokenizing",
+    )
+    if not len(sequences):
+        raise DataError(
+            f"{len(documents)} documents gave no token; check that the tokenizer belongs to this text's "
+            "language, and that the corpus holds text"
+        )
+    return sequences
+
+
+def next_step_sequences(
+    lengths: np.ndarray, position: DataPosition, seed: int, budget_tokens: int
+) -> tuple[list[tuple[int, int]], DataPosition]:
+    """The sequences of the optimizer step at `position`, and the position after it.
+
+    The epoch's order is followed until the next sequence would exceed `budget_tokens`, across the epoch's end
+    where needed; there is always at least one sequence.
+
+    Args:
+        lengths: `[S]` tokens of each sequence, at least one each.
+
+    Returns:
+        (epoch, row) of each sequence in order, and the next position, its offset always below S.
+    """
+    step: list[tuple[int, int]] = []
+    epoch, offset = position
+    left = budget_tokens
+    while True:
+        # At most `left` sequences can fit, as each has a token.
+        ahead = epoch_order(seed, epoch, len(lengths))[offset : offset + max(left, 1)]
+        filled = lengths[ahead].cumsum()
+        taken = int(filled.searchsorted(left, side="right"))
+        if not step:
+            taken = max(taken, 1)
+        step += [(epoch, row) for row in ahead[:taken].tolist()]
+        offset += taken
+        if offset < len(lengths):
+            return step, DataPosition(epoch, offset)
+        epoch, offset = epoch + 1, 0
+        left -= int(filled[-1])
+        if left <= 0:
+            return step, DataPosition(epoch, offset)
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of an epoch: a permutation `[count]` int64, read-only."""
+    order = random_numbers(seed, epoch, (0, 1)).permutation(count)  # mask_sequence takes (index, 0)
+    order.flags.writeable = False
+    return order
+
+
+def cut(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Share sequences out among parts of nearly equal tokens: the longest first, to the least filled part.
+
+    Ties go to the lowest index. A part is empty only if there are fewer sequences than parts.
+
+    Returns:
+        per part the indices into `lengths`, ascending.
+    """
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    least = [(0, part) for part in range(parts)]
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        filled, part = least[0]
+        shares[part].append(index)
+        heapq.heapreplace(least, (filled + lengths[index], part))
+    return [sorted(share) for share in shares]
+
+
+class TrainingStream:
+    """This rank's share of every optimizer step, endlessly.
+
+    Each step's sequences are cut into `world * accumulation` parts, of which a rank takes `accumulation`.
+
+    Args:
+        sequences: as `tokenize` returns them.
+        masking: how to choose the targets.
+        vocabulary: of the tokenizer.
+        seed: of order and masks, from 0 to 2**64 - 1.
+        step_tokens: tokens of the global batch, at most (except for a single longer sequence).
+        rank: of `world` ranks.
+        accumulation: micro-batches per rank and step.
+    """
+
+    def __init__(
+        self,
+        sequences: Dataset,
+        masking: MaskingConfig,
+        vocabulary: Vocabulary,
+        *,
+        seed: int,
+        step_tokens: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulation: int = 1,
+    ) -> None:
+        self._rows = sequences.with_format("arrow")
+        self._lengths = sequence_lengths(sequences)
+        self._masking = masking
+        self._vocabulary = vocabulary
+        self._seed = seed
+        self._step_tokens = step_tokens
+        self._parts = world * accumulation
+        self._mine = slice(rank * accumulation, (rank + 1) * accumulation)
+        self._position = DataPosition()
+
+    @property
+    def position(self) -> DataPosition:
+        """Where the next step starts. Set it to go on from a checkpoint.
+
+        Raises:
+            DataError: for a position beyond the data's end.
+        """
+        return self._position
+
+    @position.setter
+    def position(self, position: DataPosition) -> None:
+        if not 0 <= position.offset < len(self._lengths):
+            raise DataError(
+                f"the position {position} lies outside the {len(self._lengths)} training sequences; resume "
+                "with the data that the run was started with"
+            )
+        self._position = position
+
+    def next_step(self) -> list[MaskedBatch]:
+        """This rank's micro-batches of the next step, `accumulation` of them; moves `position` on."""
+        step, self._position = next_step_sequences(
+            self._lengths, self._position, self._seed, self._step_tokens
+        )
+        parts = cut([int(self._lengths[row]) for _, row in step], self._parts)
+        return [
+            _masked_batch(self._rows, [step[i] for i in part], self._masking, self._vocabulary, self._seed)
+            for part in parts[self._mine]
+        ]
+
+
+def held_out_batches(
+    sequences: Dataset,
+    masking: MaskingConfig,
+    vocabulary: Vocabulary,
+    *,
+    micro_batch_tokens: int,
+    rank: int = 0,
+    world: int = 1,
+    max_tokens: int | None = None,
+) -> Iterator[MaskedBatch]:
+    """This rank's share of the held-out set: the dataset's first sequences, `max_tokens` at most.
+
+    Together the ranks see each of them once, masked alike at every evaluation of every run. The ranks may
+    yield different numbers of batches (none included), so don't communicate per batch.
+    """
+    lengths = sequence_lengths(sequences)
+    rows = sequences.with_format("arrow")
+    mine: list[tuple[int, int]] = []
+    filled = 0
+    for row in range(rank, _first(lengths, max_tokens), world):
+        if mine and filled + lengths[row] > micro_batch_tokens:
+            yield _masked_batch(rows, mine, masking, vocabulary, _HELD_OUT_SEED)
+            mine, filled = [], 0
+        mine.append((_HELD_OUT_EPOCH, row))
+        filled += int(lengths[row])
+    if mine:
+        yield _masked_batch(rows, mine, masking, vocabulary, _HELD_OUT_SEED)
+
+
+def unigram_entropy(sequences: Dataset, vocabulary: Vocabulary, max_tokens: int | None = None) -> float:
+    """Entropy, in nats, of the tokens that `held_out_batches` may mask: the loss of a model that has learnt
+    their frequencies and nothing else.
+
+    Counted over the same sequences; structure ([CLS], [SEP], [PAD]) doesn't count.
+    """
+    chosen = sequences.select(range(_first(sequence_lengths(sequences), max_tokens))).with_format("arrow")
+    counts = np.zeros(vocabulary.size, dtype=np.int64)
+    for table in chosen.iter(1000):
+        counts += np.bincount(_flat_ids(table), minlength=vocabulary.size)
+    counts[vocabulary.special.never_targets] = 0
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def sequence_lengths(sequences: Dataset) -> np.ndarray:
+    """Tokens of each sequence, `[S]` int64."""
+    return sequences.select_columns("length").with_format("numpy")[:]["length"].astype(np.int64)
+
+
+def _first(lengths: np.ndarray, max_tokens: int | None) -> int:
+    """How many sequences from the start hold `max_tokens` at most; one at least."""
+    if max_tokens is None:
+        return len(lengths)
+    return max(1, int(lengths.cumsum().searchsorted(max_tokens, side="right")))
+
+
+def _masked_batch(
+    rows: Dataset, members: list[tuple[int, int]], masking: MaskingConfig, vocabulary: Vocabulary, seed: int
+) -> MaskedBatch:
+    """Read and mask the `members`, (epoch, row) each, from an arrow-formatted dataset."""
+    masked: list[MaskedSequence] = []
+    if members:
+        table = rows[[row for _, row in members]]
+        ends = table["length"].to_numpy().cumsum()
+        masked = [
+            mask_sequence(ids, config=masking, seed=seed, epoch=epoch, index=row, vocabulary=vocabulary)
+            for ids, (epoch, row) in zip(np.split(_flat_ids(table), ends[:-1]), members, strict=True)
+        ]
+    lengths = [len(sequence.input_ids) for sequence in masked]
+    starts = np.cumsum([0, *lengths])
+    return MaskedBatch(
+        input_ids=_joined([sequence.input_ids for sequence in masked]),
+        batch=pack_lengths(lengths),
+        target_index=_joined(
+            [sequence.target_index + start for sequence, start in zip(masked, starts, strict=False)]
+        ),
+        targets=_joined([sequence.targets for sequence in masked]),
+        sequences=torch.tensor([row for _, row in members], dtype=torch.int64),
+    )
+
+
+def _joined(arrays: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *arrays]))
+
+
+def _flat_ids(table: Any) -> np.ndarray:
+    """The sequences of an arrow table end to end."""
+    return table["input_ids"].combine_chunks().flatten().to_numpy()
+
+
+def _cut_documents(
+    batch: dict[str, list[str]], tokenizer: str, cls: int, sep: int, max_length: int
+) -> dict[str, list[Any]]:
+    room = max_length - 2
+    sequences = []
+    for encoding in _text_tokenizer(tokenizer).encode_batch_fast(batch["text"], add_special_tokens=False):
+        ids = encoding.ids
+        sequences += [[cls, *ids[start : start + room], sep] for start in range(0, len(ids), room)]
+    return {"input_ids": sequences, "length": [len(ids) for ids in sequences]}
+
+
+@lru_cache(maxsize=1)
+def _text_tokenizer(description: str) -> Tokenizer:
+    """The tokenizer for untrusted text of any length: no truncation, and "[SEP]" in a text is just text."""
+    tokenizer = Tokenizer.from_str(description)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+    return tokenizer

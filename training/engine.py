@@ -1,0 +1,240 @@
+"""DeepSpeed: process group, engine, and the config that it is given. The only module that imports it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from routing.errors import UserError
+from training.config import OptimizerConfig, RunConfig
+
+# DeepSpeed settles its accelerator and log level when it is imported.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+
+import deepspeed
+from deepspeed.utils import (
+    logger as deepspeed_logger,
+)
+from deepspeed.utils import (
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+)
+
+GENERATED = (
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_optimization.stage",
+    "torch_autocast",
+    "bf16",
+    "fp16",
+    "optimizer",
+    "scheduler",
+)
+
+
+class Ranks(NamedTuple):
+    """This process among the others."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start_processes() -> Ranks:
+    """Join the process group that the launcher describes; without a launcher, be a group of one."""
+    deepspeed_logger.setLevel("ERROR")
+    alone = "WORLD_SIZE" not in os.environ
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    rank, world = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    local_rank = int(os.environ["LOCAL_RANK"])
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        if alone:  # an in-memory store: no port, so any number of runs can share a machine
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend)
+    if not cuda:
+        # DeepSpeed's shared-memory collectives are compiled at first use and gain nothing on a few CPU ranks.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    return Ranks(rank, world, local_rank, device)
+
+
+def stop_processes() -> None:
+    """Leave the process group; without it some backends abort at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """In-place all-reduce, returned for convenience; detached values only."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(value: int, ranks: Ranks) -> int:
+    """The largest of the ranks' values."""
+    return max(int(v) for v in gather_over_ranks(torch.tensor([value]), ranks))
+
+
+def gather_over_ranks(value: Tensor, ranks: Ranks) -> list[Tensor]:
+    """Every rank's value, in rank order, on the CPU; all of one shape."""
+    parts = [torch.empty_like(value, device=ranks.device) for _ in range(ranks.world)]
+    dist.all_gather(parts, value.to(ranks.device))
+    return [part.cpu() for part in parts]
+
+
+class FailedElsewhere(RuntimeError):
+    """Another rank failed, and says why; this one stops with it instead of waiting for ever."""
+
+
+@contextmanager
+def main_first(ranks: Ranks) -> Iterator[None]:
+    """The main rank runs the block, then the others do, finding what it left in caches. Collective.
+
+    If the main rank fails, so do all.
+    """
+    error = None
+    if ranks.is_main:
+        try:
+            yield
+        except Exception as failure:
+            error = failure
+    raise_together(error, ranks)
+    if not ranks.is_main:
+        yield
+
+
+def raise_together(error: Exception | None, ranks: Ranks) -> None:
+    """Raise on every rank if any has an error: its own, or `FailedElsewhere`. Collective."""
+    failed = sum_over_ranks(torch.tensor([int(error is not None)], device=ranks.device))
+    if error is not None:
+        raise error
+    if int(failed):
+        raise FailedElsewhere
+
+
+def deepspeed_config(run: RunConfig, accumulation: int) -> dict[str, Any]:
+    """The DeepSpeed JSON of a run: generated, with `engine.deepspeed` merged over it.
+
+    Raises:
+        UserError: if `engine.deepspeed` sets what the run's own sections decide.
+    """
+    # Batch sizes are in tokens here; DeepSpeed only needs to know how many backward passes make a step.
+    generated: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": run.optimizer.max_grad_norm,
+        "zero_optimization": {"stage": run.parallel.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if run.train.precision == "bf16":
+        # Parameters and gradient traffic stay float32, so that a step has one gradient however it is cut.
+        generated["torch_autocast"] = {
+            "enabled": True,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        }
+    extra = run.engine.deepspeed
+    for path in GENERATED:
+        node: Any = extra
+        for key in path.split("."):
+            node = node.get(key) if isinstance(node, dict) else None
+        if node is not None:
+            raise UserError(
+                f"engine.deepspeed sets {path}, which is generated from the sections train, optimizer and "
+                "parallel; set it there"
+            )
+    return _merged(generated, extra)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Matrices decay; norms, biases and other vectors don't."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # A stacked bias is a matrix by shape but none in kind: ZeRO-3 hides shapes, so ask for the full one.
+    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay, "name": "decay"},
+        {"params": vectors, "weight_decay": 0.0, "name": "no_decay"},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_engine(model: nn.Module, run: RunConfig, accumulation: int, ranks: Ranks) -> Any:
+    """Wrap the model and AdamW in a DeepSpeed engine.
+
+    The engine averages gradients over ranks and scales nothing else: the training step hands it losses that
+    are normalised already (`training.step`).
+    """
+    model.to(ranks.device)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, run.optimizer),
+        lr=run.optimizer.lr,
+        betas=run.optimizer.betas,
+        eps=run.optimizer.eps,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=deepspeed_config(run, accumulation), dist_init_required=False
+    )
+    return engine
+
+
+def step_and_norm(engine: Any) -> float:
+    """Update the parameters; return the gradient's norm before clipping, over all parameters and ranks."""
+    plain = engine.zero_optimization_stage() == 0  # there the engine keeps no norm
+    if plain:
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+    engine.step()
+    return float(norm if plain else engine.get_global_grad_norm())
+
+
+def gathered(tensor: Tensor) -> AbstractContextManager[Any]:
+    """While open, a tensor that ZeRO-3 partitioned is whole on every rank."""
+    return deepspeed.zero.GatheredParameters([tensor]) if hasattr(tensor, "ds_id") else nullcontext()
+
+
+def read_partitioned_moment(parameter: nn.Parameter, moment: str) -> Tensor:
+    """An AdamW moment of a parameter under ZeRO-1 to 3, assembled from all ranks in the parameter's shape."""
+    whole: Tensor = safe_get_full_optimizer_state(parameter, moment)
+    return whole
+
+
+def write_partitioned_moment(parameter: nn.Parameter, moment: str, whole: Tensor) -> None:
+    """Set this rank's partition of an AdamW moment under ZeRO-1 to 3 from the whole tensor."""
+    if not hasattr(parameter, "ds_id"):
+        safe_set_full_optimizer_state(parameter, whole, moment)
+        return
+    # ZeRO-3 pads a parameter to equal parts; DeepSpeed's own setter for whole tensors forgets the padding.
+    part: int = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    padded = whole.new_zeros(part * dist.get_world_size())
+    padded[: whole.numel()] = whole.flatten()
+    safe_set_local_optimizer_state(parameter, padded.split(part)[dist.get_rank()], moment)

@@ -1,0 +1,41 @@
+"""Several processes: `moe launch`, over the DeepSpeed launcher."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from routing.errors import UserError
+
+
+def launch(ranks: int | None, hostfile: Path | None, command: list[str]) -> int:
+    """Run a `moe` command on several ranks and return its exit code.
+
+    Args:
+        ranks: processes on each machine; default: one per GPU.
+        hostfile: DeepSpeed's list of machines (`name slots=8` a line); default: this machine alone.
+        command: the words after `moe`, such as `["pretrain", "configs/demo.yaml"]`.
+
+    Raises:
+        UserError: if the number of ranks can't be known or the hostfile isn't there.
+    """
+    gpus = torch.cuda.device_count()
+    if ranks is None:
+        ranks = gpus
+    if ranks < 1:
+        raise UserError(
+            "there is no GPU here to count ranks by; say how many processes to start with --ranks N"
+        )
+    if hostfile is not None and not hostfile.is_file():
+        raise UserError(f"the hostfile {hostfile} does not exist")
+    words = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--no_local_rank"]
+    # Without a hostfile DeepSpeed would look for one of its own; a name that isn't there means "none".
+    words += ["--hostfile", str(hostfile) if hostfile else os.devnull]
+    words += ["--quiet", "--module", "training.cli", *command]
+    environment = dict(os.environ)
+    if not gpus:
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    return subprocess.run(words, env=environment, check=False).returncode

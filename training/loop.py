@@ -1,0 +1,91 @@
+"""The training loop: step, report, evaluate, save, and leave cleanly when asked to."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from training.checkpoint import TrainState
+from training.config import RunConfig
+from training.data.packing import TrainingStream
+from training.engine import Ranks
+from training.evaluate import Evaluation
+from training.metrics import RunLog
+from training.schedule import learning_rate_factor
+from training.step import train_step
+
+
+class StopRequest:
+    """Whether somebody asked this process to stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """Turn Ctrl-C and SIGTERM into a request, so that a step is finished and saved first."""
+    request = StopRequest()
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(
+    engine: Any,
+    stream: TrainingStream,
+    run: RunConfig,
+    ranks: Ranks,
+    state: TrainState,
+    log: RunLog | None,
+    evaluate: Callable[[], Evaluation],
+    save: Callable[[TrainState], object],
+) -> tuple[TrainState, Evaluation | None]:
+    """Train from `state` to `train.max_steps`, or until any rank is asked to stop. Collective.
+
+    Args:
+        log: on the main rank; None elsewhere.
+        evaluate: on the held-out split.
+        save: writes a checkpoint.
+
+    Returns:
+        The state reached, which is saved, and its evaluation; None if the run was stopped before its end.
+
+    Raises:
+        NonFiniteLoss: with the parameters of the step before; nothing is saved.
+    """
+    max_steps = run.train.max_steps
+    evaluation = None
+    with stop_signals() as request:
+        while state.step < max_steps:
+            lr = run.optimizer.lr * learning_rate_factor(run.optimizer.schedule, state.step, max_steps)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = lr
+            result = train_step(engine, stream.next_step(), run.objective, ranks, request.asked)
+            if state.initial_loss is None:
+                state = state._replace(initial_loss=result.parts["masked_lm"])
+            state = state._replace(
+                step=state.step + 1, tokens=state.tokens + result.tokens, position=stream.position
+            )
+            if log:
+                log.step(state.step, result, lr)
+                log.pause()
+            ends = state.step == max_steps
+            if ends or result.stop_requested or state.step % run.checkpoint.every == 0:
+                save(state)
+            if result.stop_requested and not ends:
+                return state, None
+            if ends or state.step % run.train.evaluate_every == 0:
+                evaluation = evaluate()
+                if log:
+                    log.evaluation(state.step, evaluation)
+            if log:
+                log.resume()
+    return state, evaluation or evaluate()

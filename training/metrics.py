@@ -1,0 +1,172 @@
+"""What a run reports: TensorBoard for the record, the console for the person in front of it."""
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from routing import RoutingReport, RoutingStats, add_stats, report
+from training.evaluate import Evaluation
+from training.step import StepResult
+
+
+class RunLog:
+    """Collects step results, and every `every` steps writes their figures. Used on the main rank alone.
+
+    Loads are reported of the last step and of the window since the last report: experts that take turns
+    look balanced over a window.
+    """
+
+    def __init__(self, folder: Path, every: int, first_step: int, max_steps: int, console: Console) -> None:
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+        self._every = every
+        self._console = console
+        self._window: list[StepResult] = []
+        self._tokens = 0  # since the log began
+        self._seconds = 0.0
+        self._since = time.perf_counter()
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=max_steps, completed=first_step)
+        self._recent: deque[float] = deque(maxlen=50)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        self._writer.close()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of training alone, evaluation and checkpoints left out, since the log began."""
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+    @property
+    def recent_loss(self) -> float | None:
+        """Training loss, mean of the last 50 steps; None before the first."""
+        return float(np.mean(self._recent)) if self._recent else None
+
+    def pause(self) -> None:
+        """What happens until the next `resume` isn't training: don't count its time."""
+        self._seconds += time.perf_counter() - self._since
+
+    def resume(self) -> None:
+        self._since = time.perf_counter()
+
+    def step(self, step: int, result: StepResult, lr: float) -> None:
+        """Record one optimizer step."""
+        self._window.append(result)
+        self._tokens += result.tokens
+        self.pause()
+        self.resume()
+        loss = result.parts["masked_lm"]
+        self._recent.append(loss)
+        self._progress.update(self._task, completed=step, description=self._line(loss, result.routing))
+        if step % self._every == 0:
+            self._write_window(step, lr)
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Record a held-out evaluation."""
+        self._writer.add_scalar("loss/held_out", evaluation.loss, step)
+        reports = {name: report(stats) for name, stats in evaluation.routing.items()}
+        for name, figures in reports.items():
+            _write_report(self._writer, f"routing_held_out/{name}", figures, step)
+        if reports:
+            self._writer.add_image("routing_held_out/load", load_image(reports), step, dataformats="HWC")
+        self._console.print(f"step {step}: held-out loss {evaluation.loss:.4f}")
+
+    def _line(self, loss: float, routing: Mapping[str, RoutingStats]) -> str:
+        worst = max((report(stats).max_over_mean for stats in routing.values()), default=None)
+        balance = "" if worst is None else f"  worst max/mean {worst:.2f}"
+        return f"loss {loss:.3f}  {self.tokens_per_second:,.0f} tokens/s{balance}"
+
+    def _write_window(self, step: int, lr: float) -> None:
+        last = self._window[-1]
+        for name in last.parts:
+            value = float(np.mean([result.parts[name] for result in self._window]))
+            self._writer.add_scalar(f"loss/{name}", value, step)
+        self._writer.add_scalar("optimizer/learning_rate", lr, step)
+        self._writer.add_scalar("optimizer/gradient_norm", last.grad_norm, step)
+        self._writer.add_scalar("speed/tokens_per_second", self.tokens_per_second, step)
+        for name, stats in last.routing.items():
+            _write_report(self._writer, f"routing_step/{name}", report(stats), step)
+            window = add_stats([result.routing[name] for result in self._window])
+            _write_report(self._writer, f"routing_window/{name}", report(window), step)
+        if not self._console.is_terminal:
+            self._console.print(f"step {step}: {self._line(last.parts['masked_lm'], last.routing)}")
+        self._window = []
+
+
+def _write_report(writer: SummaryWriter, prefix: str, figures: RoutingReport, step: int) -> None:
+    writer.add_scalar(f"{prefix}/max_over_mean", figures.max_over_mean, step)
+    writer.add_scalar(f"{prefix}/entropy", figures.entropy, step)
+    writer.add_scalar(f"{prefix}/dropped_fraction", figures.dropped_fraction, step)
+    writer.add_scalar(f"{prefix}/dead", figures.dead, step)
+    for choice, share in enumerate(figures.load):
+        writer.add_scalar(f"{prefix}/load/{choice:03d}", share, step)
+
+
+def load_image(reports: Mapping[str, RoutingReport]) -> np.ndarray:
+    """Heat map of load over its mean, one row per router: `[H, W, 3]` uint8."""
+    widest = max(len(figures.load) for figures in reports.values())
+    grid = np.full((len(reports), widest), np.nan)
+    for row, figures in enumerate(reports.values()):
+        grid[row, : len(figures.load)] = np.array(figures.load) * len(figures.load)
+    figure = Figure(figsize=(1.5 + 0.4 * widest, 1.0 + 0.35 * len(reports)), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(grid, vmin=0, vmax=2, cmap="RdBu_r", aspect="auto")
+    axes.set_yticks(range(len(reports)), list(reports))
+    axes.set_xlabel("choice")
+    figure.colorbar(image, label="load / mean")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def routing_table(routing: Mapping[str, RoutingStats]) -> Table:
+    """One row per router, for the console."""
+    table = Table(title="Routing on held-out text", title_justify="left")
+    for heading in ("router", "max/mean", "entropy", "dropped", "dead", "load of each choice, %"):
+        table.add_column(heading, justify="left" if heading == "router" else "right")
+    for name, stats in routing.items():
+        figures = report(stats)
+        share = _shares(figures.load)
+        table.add_row(
+            name,
+            f"{figures.max_over_mean:.2f}",
+            f"{figures.entropy:.2f} of {np.log(len(figures.load)):.2f}",
+            f"{figures.dropped_fraction:.1%}",
+            str(figures.dead),
+            share,
+        )
+    return table
+
+
+def _shares(load: list[float], most: int = 16) -> str:
+    """All loads, or where there are too many for a line, the extremes."""
+    percent = [f"{100 * share:.0f}" for share in load]
+    if len(load) <= most:
+        return " ".join(percent)
+    return f"min {100 * min(load):.2f}, max {100 * max(load):.2f}"

@@ -1,0 +1,213 @@
+"""Pre-training, from a RunConfig to a model folder; `python -m training.pretrain` is `moe pretrain`."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from rich.console import Console
+
+from moe.files import write_file
+from moe.heads import MaskedLM
+from moe.pretrained import TOKENIZER, load_weights, save_pretrained
+from routing import report
+from routing.errors import UserError
+from training.checkpoint import (
+    Checkpoint,
+    TrainState,
+    find_checkpoint,
+    read_checkpoint,
+    restore_rng,
+    save_checkpoint,
+)
+from training.config import RunConfig
+from training.data.packing import (
+    MaskedBatch,
+    TrainingStream,
+    held_out_batches,
+    sequence_lengths,
+    unigram_entropy,
+)
+from training.data.prepare import PreparedData, prepare
+from training.data.tokenizer import Vocabulary, vocabulary
+from training.engine import Ranks, build_engine, main_first, start_processes
+from training.evaluate import Evaluation, evaluate
+from training.loop import train
+from training.metrics import RunLog, routing_table
+from training.optimizer_state import load_moments, whole_parameters
+
+Summary = dict[str, Any]
+
+
+def pretrain(run: RunConfig) -> Summary | None:
+    """Pre-train a masked language model as `run` says, resuming where it says so. Collective.
+
+    Returns:
+        What `summary.json` holds, on the main rank; None on the others, and if the run was stopped (and
+        saved) before its end.
+
+    Raises:
+        UserError: for anything in the config, the data or the file system that the user can mend.
+        NonFiniteLoss: if the loss became NaN or infinite.
+    """
+    ranks = start_processes()
+    console = Console(quiet=not ranks.is_main)
+    folder = Path(run.run_dir)
+    with main_first(ranks):
+        source = find_checkpoint(run)
+        checkpoint = read_checkpoint(source, run) if source else None
+        data = prepare(run.data, source / TOKENIZER if source else None)
+        words = _fitting_vocabulary(data, run)
+        if ranks.is_main:
+            _claim_run_dir(folder, run)
+    torch.manual_seed(run.seed)
+    model = MaskedLM(run.model)
+    if checkpoint:
+        load_weights(model, checkpoint.model, str(checkpoint.folder))
+    model.encoder.recompute_blocks = run.train.activation_checkpointing
+    accumulation = ceil(run.train.step_tokens / (run.train.micro_batch_tokens * ranks.world))
+    parameters = sum(p.numel() for p in model.parameters())
+    engine = build_engine(model, run, accumulation, ranks)
+    torch.manual_seed(run.seed + 1 + ranks.rank)  # dropout and jitter differ between ranks
+    stream = TrainingStream(
+        data.train,
+        run.data.masking,
+        words,
+        seed=run.seed,
+        step_tokens=run.train.step_tokens,
+        rank=ranks.rank,
+        world=ranks.world,
+        accumulation=accumulation,
+    )
+
+    def evaluate_held_out() -> Evaluation:
+        return evaluate(engine, _held_out(run, data, words, ranks), ranks)
+
+    before = evaluate_held_out()
+    state = TrainState(0, 0, stream.position, None, before.loss, _fingerprint(data.train))
+    if checkpoint:
+        state = _resume(engine, checkpoint, state, ranks)
+        stream.position = state.position
+    tokenizer = data.tokenizer.to_str(pretty=True)
+    entropy = unigram_entropy(data.held_out, words, run.train.evaluation_tokens)
+    console.print(
+        f"{folder}: {parameters:,} parameters, {run.model.num_active_params():,} of the encoder's active per "
+        f"token; {ranks.world} x {ranks.device.type}\n"
+        f"{state.data}; step {state.step} of {run.train.max_steps}"
+        + (f", resumed from {source}" if source else "")
+        + f"\nheld-out loss {before.loss:.4f}, unigram entropy {entropy:.4f} nats"
+    )
+    log = (
+        RunLog(folder / "tensorboard", run.log.every, state.step, run.train.max_steps, console)
+        if ranks.is_main
+        else None
+    )
+    with log or nullcontext():
+        state, after = train(
+            engine,
+            stream,
+            run,
+            ranks,
+            state,
+            log,
+            evaluate=evaluate_held_out,
+            save=lambda reached: save_checkpoint(engine, run, reached, tokenizer, ranks),
+        )
+    if after is None:
+        console.print(f"stopped at step {state.step}, which is saved; the same command goes on from there")
+        return None
+    weights = dict(whole_parameters(engine))
+    if log is None:
+        return None
+    save_pretrained(model, folder / "model", tokenizer, weights)
+    summary = _summary(state, log, after, entropy, ranks)
+    write_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    console.print(routing_table(after.routing) if after.routing else "no routed layer")
+    console.print(
+        f"held-out loss {state.initial_eval_loss:.4f} -> {after.loss:.4f} nats; "
+        f"unigram entropy {entropy:.4f}\n"
+        f"model: {folder / 'model'}\nsummary: {folder / 'summary.json'}\n"
+        f"curves: tensorboard --logdir {folder / 'tensorboard'}"
+    )
+    return summary
+
+
+def _fitting_vocabulary(data: PreparedData, run: RunConfig) -> Vocabulary:
+    words = vocabulary(data.tokenizer)
+    if words.size > run.model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {words.size} tokens but the embedding only model.vocab_size = "
+            f"{run.model.vocab_size} rows; set model.vocab_size to at least {words.size}"
+        )
+    return words
+
+
+def _claim_run_dir(folder: Path, run: RunConfig) -> None:
+    """Make the run's folder and write its config. A run that isn't to be resumed is moved aside, not lost."""
+    if run.checkpoint.resume == "never" and (folder / "checkpoints").exists():
+        n = 1
+        while (aside := folder.with_name(f"{folder.name}.old-{n}")).exists():
+            n += 1
+        folder.rename(aside)
+    write_file(folder / "config.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
+
+
+def _fingerprint(sequences: Dataset) -> str:
+    """Says in short whether a data position means the same sequences as before."""
+    lengths = sequence_lengths(sequences)
+    digest = hashlib.sha256(lengths.tobytes()).hexdigest()[:12]
+    return f"{len(lengths):,} training sequences, {lengths.sum():,} tokens ({digest})"
+
+
+def _resume(engine: Any, checkpoint: Checkpoint, fresh: TrainState, ranks: Ranks) -> TrainState:
+    if checkpoint.state.data != fresh.data:
+        raise UserError(
+            f"cannot resume {checkpoint.folder}: it was trained on {checkpoint.state.data}, but the corpus "
+            f"now gives {fresh.data}; restore the corpus, or set checkpoint.resume=never to start again"
+        )
+    load_moments(engine, checkpoint.optimizer, checkpoint.state.step)
+    restore_rng(checkpoint.rng, ranks)
+    return checkpoint.state
+
+
+def _held_out(run: RunConfig, data: PreparedData, words: Vocabulary, ranks: Ranks) -> Iterator[MaskedBatch]:
+    return held_out_batches(
+        data.held_out,
+        run.data.masking,
+        words,
+        micro_batch_tokens=run.train.micro_batch_tokens,
+        rank=ranks.rank,
+        world=ranks.world,
+        max_tokens=run.train.evaluation_tokens,
+    )
+
+
+def _summary(state: TrainState, log: RunLog, after: Evaluation, entropy: float, ranks: Ranks) -> Summary:
+    """Losses in nats per target; routing of the worst layer on held-out text, null without routers."""
+    reports = [report(stats) for stats in after.routing.values()]
+    return {
+        "steps": state.step,
+        "tokens": state.tokens,
+        "tokens_per_second": round(log.tokens_per_second, 1),
+        "initial_loss": state.initial_loss,  # training loss of the first step
+        "final_loss": log.recent_loss,  # training loss, mean of the last steps
+        "initial_eval_loss": state.initial_eval_loss,  # held-out
+        "eval_loss": after.loss,
+        "unigram_entropy": entropy,
+        "load_max_over_mean": max((r.max_over_mean for r in reports), default=None),
+        "dropped_fraction": max((r.dropped_fraction for r in reports), default=None),
+        "world_size": ranks.world,
+    }
+
+
+if __name__ == "__main__":
+    from training.cli import main
+
+    sys.exit(main(["pretrain", *sys.argv[1:]]))
