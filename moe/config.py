@@ -141,7 +141,7 @@ class EncoderConfig(Config):
         return [self.block_at(layer) for layer in range(self.depth)]
 
     def num_params(self) -> int:
-        """Parameters of `Encoder` (a head's are counted by `MaskedLM.num_params`)."""
+        """Parameters of `Encoder`; a head's come on top."""
         blocks = sum(
             b.attention.num_params(self.width) + b.feed_forward.num_params(self.width) for b in self.blocks()
         )

@@ -1,5 +1,6 @@
 """How many slots a choice has, and who is dropped when there are too few."""
 
+from fractions import Fraction
 from math import ceil
 from typing import Literal
 
@@ -9,7 +10,8 @@ from torch import Tensor
 
 def slots_per_choice(tokens: int, top_k: int, num_choices: int, factor: float) -> int:
     """`ceil(factor * K * T / E)`, at least 1 (Switch, arXiv 2101.03961, eq. 3). Shapes alone: no sync."""
-    return max(1, ceil(factor * top_k * tokens / num_choices))
+    exact = Fraction(str(factor))  # as a person wrote it: in floats 1.1 * 100 / 10 is more than 11
+    return max(1, ceil(exact * top_k * tokens / num_choices))
 
 
 def keep_within_capacity(

@@ -8,8 +8,8 @@ from routing.capacity import keep_within_capacity, slots_per_choice
 from routing.config import RouterConfig
 from routing.types import Routing
 
-# Smaller than the usual 0.02-ish scale so that routing starts near uniform and trains stably
-# (Switch, arXiv 2101.03961, section 2.4: initialisation scaled by 0.1).
+# A tenth of the usual variance 1/D, so that routing starts near uniform and trains stably
+# (Switch, arXiv 2101.03961, section 2.4).
 INIT_SCALE = 0.1
 
 
@@ -66,9 +66,11 @@ class Router(nn.Module):
             logits = F.linear(x, self.weight.float())
             probs = logits.softmax(-1)
             choices = self._select(probs)
-            weights = probs.gather(1, choices)
             if self.config.renormalize:
-                weights = weights / weights.sum(-1, keepdim=True)
+                # softmax over the chosen: equal to dividing by their sum, which may underflow to 0
+                weights = logits.gather(1, choices).softmax(-1)
+            else:
+                weights = probs.gather(1, choices)
             kept = self._keep(choices, probs)
             return Routing(logits, probs, choices, weights * kept, kept)
 

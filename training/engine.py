@@ -21,6 +21,7 @@ from deepspeed.utils import (
     logger as deepspeed_logger,
 )
 from deepspeed.utils import (
+    safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_full_optimizer_state,
     safe_set_local_optimizer_state,
@@ -238,3 +239,12 @@ def write_partitioned_moment(parameter: nn.Parameter, moment: str, whole: Tensor
     padded = whole.new_zeros(part * dist.get_world_size())
     padded[: whole.numel()] = whole.flatten()
     safe_set_local_optimizer_state(parameter, padded.split(part)[dist.get_rank()], moment)
+
+
+def read_gradient(engine: Any, parameter: nn.Parameter) -> Tensor:
+    """A parameter's whole gradient, averaged over ranks, between a step's last backward and its update."""
+    if engine.zero_optimization_stage() == 0:
+        assert parameter.grad is not None
+        return parameter.grad
+    whole: Tensor = safe_get_full_grad(parameter)
+    return whole

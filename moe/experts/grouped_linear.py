@@ -37,11 +37,24 @@ def torch_grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """`loop_grouped_linear` by torch's grouped matrix product. Rows past `ends[-1]` give undefined values."""
     if rows.shape[0] == 0:
         return rows @ weight[0]  # the kernel takes no empty input; this keeps the graph whole
+    if rows.requires_grad:
+        rows = rows.view_as(rows)  # the hook is this product's own, not the caller's tensor's
+        rows.register_hook(lambda grad: _zero_tail(grad, ends))
     out = F.grouped_mm(rows, weight, offs=ends)
     if out.requires_grad:
         # The kernel's backward refuses expanded gradients, such as those of y.sum().
         out.register_hook(lambda grad: grad.contiguous())
     return out
+
+
+def _zero_tail(grad: Tensor, ends: Tensor) -> Tensor:
+    """The kernel's backward leaves the gradient of rows past `ends[-1]` unwritten."""
+    if grad.is_cuda:  # without waiting for the value of ends[-1]
+        tail = torch.arange(grad.shape[0], device=grad.device) >= ends[-1]
+        return grad.masked_fill(tail[:, None], 0)
+    if int(ends[-1]) == grad.shape[0]:
+        return grad
+    return torch.cat([grad[: int(ends[-1])], torch.zeros_like(grad[int(ends[-1]) :])])
 
 
 def choose_backend(

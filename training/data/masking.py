@@ -1,6 +1,6 @@
-"""Which tokens of a sequence a masked language model has to guess, and what it sees in their place.
+"""Which tokens a masked language model has to guess, and what it sees in their place.
 
-Shape legend: L tokens of a sequence, N targets, V vocabulary.
+Shape legend: B sequences, packed end to end; T tokens, M of them maskable, N targets; W words, V vocabulary.
 """
 
 from typing import Annotated, NamedTuple, Self
@@ -36,75 +36,110 @@ class MaskingConfig(Config):
         return self
 
 
-class MaskedSequence(NamedTuple):
-    """A sequence with its targets."""
+class Masked(NamedTuple):
+    """Packed sequences with their targets."""
 
-    input_ids: np.ndarray  # [L] int64, what the model sees
-    target_index: np.ndarray  # [N] int64 into L, ascending
+    input_ids: np.ndarray  # [T] int64, what the model sees
+    target_index: np.ndarray  # [N] int64 into T, ascending
     targets: np.ndarray  # [N] int64, the original tokens
 
 
-def mask_sequence(
-    ids: np.ndarray, *, config: MaskingConfig, seed: int, epoch: int, index: int, vocabulary: Vocabulary
-) -> MaskedSequence:
-    """Choose and hide the targets of one sequence.
+def mask_tokens(
+    ids: np.ndarray,
+    lengths: np.ndarray,
+    *,
+    config: MaskingConfig,
+    seed: int,
+    epochs: np.ndarray,
+    indices: np.ndarray,
+    vocabulary: Vocabulary,
+) -> Masked:
+    """Choose and hide the targets of packed sequences.
 
-    The choice is a function of `(seed, epoch, index)`, whatever batch or rank the sequence is in. Of the M
-    tokens that aren't [CLS], [SEP] or [PAD], exactly `max(1, round(rate * M))` are targets (none if M is 0).
-    With `whole_word` whole words are taken until there are at least as many.
+    A sequence's masks depend on its `(seed, epoch, index)` and tokens alone, whatever it is packed with.
+    Of its m tokens that aren't [CLS], [SEP] or [PAD], exactly `max(1, round(rate * m))` are targets (none if
+    m is 0). With `whole_word` random words are taken until there are at least as many.
 
     Args:
-        ids: `[L]` integer, with its special tokens.
+        ids: `[T]` integer, the sequences end to end, with their special tokens.
+        lengths: `[B]` integer, tokens of each sequence.
         seed: from 0 to 2**64 - 1.
-        epoch: the pass over the data, so that every pass masks differently.
-        index: the sequence's row in the dataset.
+        epochs: `[B]` integer, the pass over the data, so that every pass masks differently.
+        indices: `[B]` integer, each sequence's row in the dataset.
     """
     input_ids = ids.astype(np.int64)
-    special = vocabulary.special
-    candidates = ((ids != special.cls) & (ids != special.sep) & (ids != special.pad)).nonzero()[0]
-    if not len(candidates):
-        return MaskedSequence(input_ids, candidates, candidates)
-    rng = random_numbers(seed, epoch, (index, 0))
-    count = max(1, round(config.rate * len(candidates)))
+    maskable = np.flatnonzero(~np.isin(input_ids, vocabulary.special.never_targets))
+    sequence_t = np.repeat(np.arange(len(lengths)), lengths)
+    position_t = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    key = _mix(_mix(_mix(_uint64([seed])) + _uint64(epochs)) + _uint64(indices))
+    sequence, key_m, position = sequence_t[maskable], key[sequence_t[maskable]], position_t[maskable]
+
     if config.whole_word:
-        chosen = _whole_words(candidates, vocabulary.continuation[input_ids[candidates]], count, rng)
+        starts = ~vocabulary.continuation[input_ids[maskable]]
+        starts[1:] |= (np.diff(maskable) > 1) | (np.diff(sequence) > 0)
+        starts[:1] = True
     else:
-        chosen = candidates[rng.random(len(candidates)).argsort()[:count]]
-    chosen.sort()
-    targets = input_ids[chosen]
-    fate = rng.random(len(chosen))
-    input_ids[chosen[fate < config.mask_share]] = special.mask
-    randomised = chosen[(fate >= config.mask_share) & (fate < config.mask_share + config.random_share)]
-    if len(randomised):
-        input_ids[randomised] = _random_tokens(len(randomised), vocabulary, rng)
-    return MaskedSequence(input_ids, chosen, targets)
+        starts = np.ones(len(maskable), dtype=bool)  # every token is a word of its own
+    chosen = _choose_words(starts, sequence, _random(key_m, position, 0), len(lengths), config.rate)
+
+    target_index = maskable[chosen]
+    targets = input_ids[target_index]
+    fate = _random(key_m[chosen], position[chosen], 1) / 2.0**64
+    replacement = _ordinary_tokens(_random(key_m[chosen], position[chosen], 2), vocabulary)
+    input_ids[target_index] = np.where(
+        fate < config.mask_share,
+        vocabulary.special.mask,
+        np.where(fate < config.mask_share + config.random_share, replacement, targets),
+    )
+    return Masked(input_ids, target_index, targets)
 
 
-def random_numbers(seed: int, epoch: int, stream: tuple[int, int]) -> np.random.Generator:
-    """Random numbers that depend on the arguments alone; streams don't overlap. All are below 2**64."""
-    key = np.array([seed, epoch], dtype=np.uint64)
-    counter = np.array([0, 0, *stream], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
-
-
-def _whole_words(
-    candidates: np.ndarray, continues: np.ndarray, count: int, rng: np.random.Generator
+def _choose_words(
+    starts: np.ndarray, sequence: np.ndarray, random: np.ndarray, sequences: int, rate: float
 ) -> np.ndarray:
-    """Positions of random words, as few as hold `count` tokens. A word ends where a special token stands."""
-    starts = ~continues
-    starts[0] = True
-    starts[1:] |= np.diff(candidates) > 1
-    word = starts.cumsum() - 1  # of each candidate
-    lengths = np.bincount(word)
-    order = rng.permutation(len(lengths))
-    taken = int(np.searchsorted(lengths[order].cumsum(), count)) + 1
-    return candidates[np.isin(word, order[:taken])]
+    """Take each sequence's words in random order until they hold its share of the tokens: `[M]` bool.
+
+    Args:
+        starts: `[M]` bool, where a word starts.
+        sequence: `[M]` the sequence of each token.
+        random: `[M]` the order of the words is that of their first tokens' numbers.
+    """
+    tokens = np.bincount(sequence, minlength=sequences)
+    wanted = np.maximum(1, np.rint(rate * tokens))
+    first = np.flatnonzero(starts)
+    order = np.lexsort((random[first], sequence[first]))
+    size = np.diff(first, append=len(starts))[order]
+    owner = sequence[first][order]
+    before = np.cumsum(size) - size - (np.cumsum(tokens) - tokens)[owner]  # tokens taken ahead of the word
+    taken = np.empty(len(first), dtype=bool)
+    taken[order] = before < wanted[owner]
+    return taken[np.cumsum(starts) - 1]
 
 
-def _random_tokens(count: int, vocabulary: Vocabulary, rng: np.random.Generator) -> np.ndarray:
-    """Uniform over the ids that aren't special: drawn from a shorter range, then moved past each of those."""
+def _ordinary_tokens(random: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Uniform over the ids that aren't special: from a shorter range, then moved past each special one."""
     specials = sorted({i for i in vocabulary.special if i is not None})
-    tokens = rng.integers(0, vocabulary.size - len(specials), count)
+    tokens = (random % np.uint64(vocabulary.size - len(specials))).astype(np.int64)
     for special in specials:
         tokens += tokens >= special
     return tokens
+
+
+def _random(key: np.ndarray, position: np.ndarray, purpose: int) -> np.ndarray:
+    """Uniform uint64 numbers, one per token and purpose (of three).
+
+    Element `3 * position + purpose` of SplitMix64 (Steele, Lea and Flood 2014, figure 16) started at `key`:
+    unlike a generator with a state, it serves the tokens of many sequences in one call.
+    """
+    return _mix(key + _uint64(3 * position + purpose + 1) * np.uint64(0x9E3779B97F4A7C15))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's bijection of uint64, which flips about half of the bits for any change."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _uint64(values: np.ndarray | list[int]) -> np.ndarray:
+    return np.asarray(values, dtype=np.uint64)

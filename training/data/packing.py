@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe.batch import PackedBatch, pack_lengths
 from training.data.errors import DataError
-from training.data.masking import MaskedSequence, MaskingConfig, mask_sequence, random_numbers
+from training.data.masking import MaskingConfig, mask_tokens
 from training.data.tokenizer import Vocabulary, special_tokens
 
 # Held-out sequences are masked alike in every run and at every evaluation, so that losses compare.
@@ -118,7 +118,8 @@ def next_step_sequences(
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     """The order of an epoch: a permutation `[count]` int64, read-only."""
-    order = random_numbers(seed, epoch, (0, 1)).permutation(count)  # mask_sequence takes (index, 0)
+    key = np.array([seed, epoch], dtype=np.uint64)
+    order = np.random.Generator(np.random.Philox(key=key)).permutation(count)
     order.flags.writeable = False
     return order
 
@@ -267,29 +268,21 @@ def _masked_batch(
     rows: Dataset, members: list[tuple[int, int]], masking: MaskingConfig, vocabulary: Vocabulary, seed: int
 ) -> MaskedBatch:
     """Read and mask the `members`, (epoch, row) each, from an arrow-formatted dataset."""
-    masked: list[MaskedSequence] = []
+    epochs, indices = np.array(members, dtype=np.int64).reshape(-1, 2).T
+    ids, lengths = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     if members:
-        table = rows[[row for _, row in members]]
-        ends = table["length"].to_numpy().cumsum()
-        masked = [
-            mask_sequence(ids, config=masking, seed=seed, epoch=epoch, index=row, vocabulary=vocabulary)
-            for ids, (epoch, row) in zip(np.split(_flat_ids(table), ends[:-1]), members, strict=True)
-        ]
-    lengths = [len(sequence.input_ids) for sequence in masked]
-    starts = np.cumsum([0, *lengths])
-    return MaskedBatch(
-        input_ids=_joined([sequence.input_ids for sequence in masked]),
-        batch=pack_lengths(lengths),
-        target_index=_joined(
-            [sequence.target_index + start for sequence, start in zip(masked, starts, strict=False)]
-        ),
-        targets=_joined([sequence.targets for sequence in masked]),
-        sequences=torch.tensor([row for _, row in members], dtype=torch.int64),
+        table = rows[indices.tolist()]
+        ids, lengths = _flat_ids(table), table["length"].to_numpy()
+    masked = mask_tokens(
+        ids, lengths, config=masking, seed=seed, epochs=epochs, indices=indices, vocabulary=vocabulary
     )
-
-
-def _joined(arrays: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *arrays]))
+    return MaskedBatch(
+        input_ids=torch.from_numpy(masked.input_ids),
+        batch=pack_lengths(lengths.tolist()),
+        target_index=torch.from_numpy(masked.target_index),
+        targets=torch.from_numpy(masked.targets),
+        sequences=torch.from_numpy(indices.copy()),
+    )
 
 
 def _flat_ids(table: Any) -> np.ndarray:

@@ -33,14 +33,14 @@ def _modules() -> Iterator[list[str]]:
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         if not _NOT_DOCUMENTATION.intersection(path.relative_to(library).parts):
-            yield _source_docstrings(path)
+            yield source_docstrings(path)
     for name in sorted(sys.builtin_module_names):
-        yield list(_builtin_docstrings(name))
+        yield list(builtin_docstrings(name))
     for topic in _topics():
         yield [topic]
 
 
-def _source_docstrings(path: Path) -> list[str]:
+def source_docstrings(path: Path) -> list[str]:
     """A module's docstrings from top to bottom, read from its source: importing could do anything."""
     try:
         with warnings.catch_warnings():
@@ -57,7 +57,7 @@ def _source_docstrings(path: Path) -> list[str]:
     return [docstring for node in documented if (docstring := ast.get_docstring(node))]
 
 
-def _builtin_docstrings(name: str) -> Iterator[str]:
+def builtin_docstrings(name: str) -> Iterator[str]:
     """Docstrings of a module compiled into the interpreter. Only C objects count: programs replace others."""
     module = importlib.import_module(name)
     yield from _docstring(module)

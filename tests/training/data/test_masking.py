@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from training.data.masking import MaskedSequence, MaskingConfig, mask_sequence
+from training.data.masking import Masked, MaskingConfig, mask_tokens
 from training.data.tokenizer import SpecialTokens, Vocabulary
 
 PAD, UNK, CLS, SEP, MASK = range(5)
@@ -12,13 +12,14 @@ PAD, UNK, CLS, SEP, MASK = range(5)
 VOCABULARY = Vocabulary(30, SpecialTokens(PAD, UNK, CLS, SEP, MASK), np.arange(30) >= 20)
 
 
-def mask(ids: list[int], *, seed: int = 0, epoch: int = 0, index: int = 0, **config) -> MaskedSequence:
-    return mask_sequence(
+def mask(ids: list[int], *, seed: int = 0, epoch: int = 0, index: int = 0, **config) -> Masked:
+    return mask_tokens(
         np.array(ids, dtype=np.int32),
+        np.array([len(ids)]),
         config=MaskingConfig.model_validate(config),
         seed=seed,
-        epoch=epoch,
-        index=index,
+        epochs=np.array([epoch]),
+        indices=np.array([index]),
         vocabulary=VOCABULARY,
     )
 
@@ -124,3 +125,28 @@ def test_impossible_rates(config: dict[str, float]) -> None:
 
 def test_shares_may_add_up_to_one() -> None:
     assert MaskingConfig(mask_share=0.7, random_share=0.3).rate == 0.2
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 29), max_size=12), max_size=5),
+    st.booleans(),
+    st.integers(0, 2**64 - 1),
+)
+def test_packing_changes_no_mask(rows: list[list[int]], whole_word: bool, seed: int) -> None:
+    packed = mask_tokens(
+        np.array([i for ids in rows for i in ids], dtype=np.int32),
+        np.array([len(ids) for ids in rows], dtype=np.int32),
+        config=MaskingConfig(whole_word=whole_word),
+        seed=seed,
+        epochs=np.arange(len(rows)),
+        indices=np.arange(len(rows)) + 7,
+        vocabulary=VOCABULARY,
+    )
+    alone = [
+        mask(ids, seed=seed, epoch=row, index=row + 7, whole_word=whole_word) for row, ids in enumerate(rows)
+    ]
+    starts = np.cumsum([0, *map(len, rows)])
+    assert packed.input_ids.tolist() == [i for m in alone for i in m.input_ids]
+    assert packed.targets.tolist() == [i for m in alone for i in m.targets]
+    expected = [i + start for m, start in zip(alone, starts[:-1], strict=True) for i in m.target_index]
+    assert packed.target_index.tolist() == expected

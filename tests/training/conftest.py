@@ -1,0 +1,140 @@
+"""A run small enough to train in a second, on real English: some of Python's own documentation."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import pytest
+import yaml
+
+from training.config import RunConfig
+from training.engine import Ranks, start_processes, stop_processes
+
+ROOT = Path(__file__).parents[2]
+
+TINY: dict[str, Any] = {
+    "model": {
+        "vocab_size": 512,
+        "width": 32,
+        "depth": 2,
+        "dropout": 0.1,
+        "block": {
+            "attention": {"kind": "softmax", "heads": 2},
+            "feed_forward": {
+                "kind": "experts",
+                "count": 4,
+                "width": 32,
+                "shared_width": 16,
+                "router": {"top_k": 2, "jitter": 0.1, "selection_bias": {"rate": 0.01}},
+            },
+        },
+    },
+    "data": {
+        "corpus": {"kind": "text", "document": "block"},
+        "held_out": 0.1,
+        "tokenizer": {"kind": "wordpiece", "vocab_size": 512},
+        "max_length": 32,
+    },
+    "optimizer": {"lr": 1e-2, "schedule": {"kind": "stable", "warmup": 2, "decay": 0.5}},
+    "train": {"max_steps": 6, "step_tokens": 256, "micro_batch_tokens": 256, "evaluation_tokens": 512},
+    "log": {"every": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few documents of English, separated by empty lines."""
+    path = tmp_path_factory.mktemp("corpus") / "topics.txt"
+    names = sorted(topics.topics)[:12]
+    path.write_text("\n\n".join(topics.topics[name] for name in names), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, text_file: Path, cache_dir: Path) -> dict[str, Any]:
+    """The tiny run as YAML data, with a run_dir of its own; tests change it as they like."""
+    data = yaml.safe_load(yaml.safe_dump(TINY))
+    data["run_dir"] = str(tmp_path / "run")
+    data["data"]["corpus"]["files"] = [str(text_file)]
+    data["data"]["cache_dir"] = str(cache_dir)
+    return data
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+    def write(data: dict[str, Any]) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(data), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def tiny_run(tiny: dict[str, Any]) -> RunConfig:
+    return RunConfig.model_validate(tiny)
+
+
+@pytest.fixture(scope="session")
+def alone() -> Iterator[Ranks]:
+    """A process group of one, in the test's own process."""
+    yield start_processes()
+    stop_processes()
+
+
+def moe_process(*words: str, **environment: str) -> subprocess.Popen[str]:
+    """Start `moe WORDS` as a user would."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "training.cli", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_ranks(world: int, function: str, *arguments: str) -> None:
+    """Call `function` of `tests/training/workers.py` on real gloo ranks, each a process.
+
+    One rank that fails fails the test, with what it printed.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.training.workers", function, *arguments],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "WORLD_SIZE": str(world),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
+        assert process.returncode == 0, f"rank {rank} of {world}:\n{output}"

@@ -1,0 +1,45 @@
+"""One optimizer step has one gradient, however it is cut up."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.conftest import run_ranks
+
+STAGES = (0, 1, 2, 3)
+
+
+@pytest.fixture
+def exact(tiny: dict[str, Any]) -> dict[str, Any]:
+    """The tiny run without what differs between ranks by design: dropout and jitter."""
+    tiny["model"]["dropout"] = 0.0
+    # AdamW divides by the root of its second moment: where that is near 0, a larger eps keeps it from
+    # blowing the gradients' rounding up.
+    tiny["optimizer"]["eps"] = 1e-3
+    tiny["model"]["block"]["feed_forward"]["router"]["jitter"] = 0.0
+    return tiny
+
+
+@pytest.mark.distributed
+def test_two_ranks_and_accumulation_give_the_gradients_of_one_process(
+    exact: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
+) -> None:
+    config = str(write_config(exact))
+    variants = [f"{stage},{accumulation}" for stage in STAGES for accumulation in (1, 2)]
+    for world, chosen in ((1, ["0,1", "0,2"]), (2, variants)):
+        (tmp_path / str(world)).mkdir()
+        run_ranks(world, "record", config, str(tmp_path / str(world)), *chosen)
+    for variant in variants:
+        accumulation = variant.split(",")[1]
+        expected = load_file(tmp_path / "1" / f"0,{accumulation}.safetensors")
+        actual = load_file(tmp_path / "2" / f"{variant}.safetensors")
+        assert actual.keys() == expected.keys()
+        assert len([name for name in expected if name.startswith("gradient ")]) > 20
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                actual[name], value, rtol=1e-4, atol=2e-6, msg=lambda m, n=name, v=variant: f"{v} {n}: {m}"
+            )

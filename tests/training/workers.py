@@ -1,0 +1,93 @@
+"""What runs on the ranks that tests spawn: `python -m tests.training.workers FUNCTION ARGUMENTS`."""
+
+import sys
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe import MaskedLM
+from training import step
+from training.config import RunConfig
+from training.data.packing import TrainingStream
+from training.data.prepare import prepare
+from training.data.tokenizer import vocabulary
+from training.engine import (
+    Ranks,
+    build_engine,
+    gathered,
+    main_first,
+    read_gradient,
+    start_processes,
+    stop_processes,
+)
+from training.optimizer_state import whole_moments, whole_parameters
+
+
+def assemble(run: RunConfig, ranks: Ranks) -> tuple[Any, TrainingStream]:
+    """The engine and the data of a run, as `training.pretrain` puts them together."""
+    with main_first(ranks):
+        data = prepare(run.data)
+    torch.manual_seed(run.seed)
+    model = MaskedLM(run.model)
+    accumulation = ceil(run.train.step_tokens / (run.train.micro_batch_tokens * ranks.world))
+    engine = build_engine(model, run, accumulation, ranks)
+    stream = TrainingStream(
+        data.train,
+        run.data.masking,
+        vocabulary(data.tokenizer),
+        seed=run.seed,
+        step_tokens=run.train.step_tokens,
+        rank=ranks.rank,
+        world=ranks.world,
+        accumulation=accumulation,
+    )
+    return engine, stream
+
+
+def record_steps(run: RunConfig, ranks: Ranks, steps: int = 3) -> dict[str, Tensor]:
+    """Train a few steps; return the first one's gradients, and the parameters and moments after the last."""
+    engine, stream = assemble(run, ranks)
+    recorded: dict[str, Tensor] = {}
+
+    def record_gradients(engine: Any) -> float:
+        if not recorded:
+            for name, parameter in engine.module.named_parameters():
+                recorded[f"gradient {name}"] = read_gradient(engine, parameter).clone()
+        norm = original(engine)
+        recorded.setdefault("norm", torch.tensor(norm))
+        return norm
+
+    original, step.step_and_norm = step.step_and_norm, record_gradients
+    try:
+        for _ in range(steps):
+            step.train_step(engine, stream.next_step(), run.objective, ranks)
+    finally:
+        step.step_and_norm = original
+    for name, tensor in whole_parameters(engine):
+        recorded[f"parameter {name}"] = tensor.clone()
+    for name, tensor in whole_moments(engine):
+        recorded[f"moment {name}"] = tensor.clone()
+    return recorded
+
+
+def record(config: str, out: str, *variants: str) -> None:
+    """`record_steps` for each variant `zero_stage,accumulation`, into `OUT/<variant>.safetensors`."""
+    ranks = start_processes()
+    data = yaml.safe_load(Path(config).read_text())
+    for variant in variants:
+        stage, accumulation = map(int, variant.split(","))
+        data["parallel"] = {"zero_stage": stage}
+        data["train"]["micro_batch_tokens"] = data["train"]["step_tokens"] // (accumulation * ranks.world)
+        recorded = record_steps(RunConfig.model_validate(data), ranks)
+        if ranks.is_main:
+            save_file(recorded, Path(out) / f"{variant}.safetensors")
+    stop_processes()
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
