@@ -6,6 +6,7 @@ Shape legend: T real tokens, B sequences, L padded length.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,16 +58,16 @@ def pack(attention_mask: Tensor) -> PackedBatch:
 
 def pack_lengths(lengths: Sequence[int]) -> PackedBatch:
     """Describe sequences that are packed already, on the CPU; `unpack` lays them out right-padded."""
-    counts = torch.tensor(lengths, dtype=torch.int64)
-    longest = int(counts.max()) if len(lengths) else 0
-    ends = counts.cumsum(0)
-    rows = torch.repeat_interleave(torch.arange(len(lengths)), counts)
-    positions = torch.arange(int(counts.sum())) - (ends - counts)[rows]
+    counts = np.asarray(lengths, dtype=np.int64)  # numpy: small arrays, without waking torch's threads
+    longest = int(counts.max(initial=0))
+    ends = counts.cumsum()
+    rows = np.repeat(np.arange(len(lengths)), counts)
+    positions = np.arange(counts.sum()) - (ends - counts)[rows]
     return PackedBatch(
-        cu_seqlens=torch.nn.functional.pad(ends, (1, 0)).to(torch.int32),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
         max_seqlen=longest,
-        positions=positions,
-        token_index=rows * longest + positions,
+        positions=torch.from_numpy(positions),
+        token_index=torch.from_numpy(rows * longest + positions),
         seq_index=torch.arange(len(lengths)),
         shape=(len(lengths), longest),
     )

@@ -48,7 +48,7 @@ def save_pretrained(
 
 
 def from_pretrained(folder: Path) -> MaskedLM:
-    """Read a model that `save_pretrained` wrote, in evaluation mode, on the CPU, in the dtypes it was saved in.
+    """Read a model that `save_pretrained` wrote, in evaluation mode, on the CPU.
 
     Raises:
         UserError: for a folder without a model, a broken file, or weights that don't fit the config.

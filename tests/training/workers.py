@@ -19,7 +19,6 @@ from training.data.tokenizer import vocabulary
 from training.engine import (
     Ranks,
     build_engine,
-    gathered,
     main_first,
     read_gradient,
     start_processes,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import datasets
-import pyarrow  # type: ignore[import-untyped]
+import pyarrow
 from datasets import Dataset
 from pyarrow import parquet
 from pydantic import Field, TypeAdapter, model_validator

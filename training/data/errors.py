@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from routing.errors import UserError
+
 _UNWRITABLE = {
     errno.EACCES,
     errno.EPERM,
@@ -16,7 +18,7 @@ _UNWRITABLE = {
 }
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that can't be used: says what was given, what is valid and what to do."""
 
 

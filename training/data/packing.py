@@ -144,7 +144,8 @@ def cut(lengths: Sequence[int], parts: int) -> list[list[int]]:
 class TrainingStream:
     """This rank's share of every optimizer step, endlessly.
 
-    Each step's sequences are cut into `world * accumulation` parts, of which a rank takes `accumulation`.
+    A step's sequences are cut into `accumulation` micro-batches, and each of those among the ranks. So what
+    the ranks work on together in one go doesn't depend on their number, and neither do counts over ranks.
 
     Args:
         sequences: as `tokenize` returns them.
@@ -174,8 +175,8 @@ class TrainingStream:
         self._vocabulary = vocabulary
         self._seed = seed
         self._step_tokens = step_tokens
-        self._parts = world * accumulation
-        self._mine = slice(rank * accumulation, (rank + 1) * accumulation)
+        self._rank, self._world = rank, world
+        self._accumulation = accumulation
         self._position = DataPosition()
 
     @property
@@ -201,11 +202,16 @@ class TrainingStream:
         step, self._position = next_step_sequences(
             self._lengths, self._position, self._seed, self._step_tokens
         )
-        parts = cut([int(self._lengths[row]) for _, row in step], self._parts)
-        return [
-            _masked_batch(self._rows, [step[i] for i in part], self._masking, self._vocabulary, self._seed)
-            for part in parts[self._mine]
-        ]
+        batches = []
+        for together in self._cut(step, self._accumulation):
+            mine = self._cut(together, self._world)[self._rank]
+            batches.append(_masked_batch(self._rows, mine, self._masking, self._vocabulary, self._seed))
+        return batches
+
+    def _cut(self, members: list[tuple[int, int]], parts: int) -> list[list[tuple[int, int]]]:
+        """Share (epoch, row) pairs out among parts of nearly equal tokens."""
+        shares = cut([int(self._lengths[row]) for _, row in members], parts)
+        return [[members[i] for i in share] for share in shares]
 
 
 def held_out_batches(

@@ -1,7 +1,5 @@
 """Everything between a DataConfig and the first batch. Cheap when asked again: each stage is cached."""
 
-import os
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +7,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from tokenizers import Tokenizer
 
+from moe.files import write_file
 from training.data.config import DataConfig, cache_folder
 from training.data.corpus import load_corpus, split_held_out
 from training.data.errors import data_errors
@@ -59,18 +58,5 @@ def _cached_tokenizer(config: TokenizerConfig, documents: Dataset, folder: Path)
         return build_tokenizer(config, documents)
     path = folder / f"{Hasher.hash((config.model_dump_json(), documents._fingerprint))}.json"
     if not path.exists():
-        write_atomically(path, build_tokenizer(config, documents).to_str(pretty=True))
+        write_file(path, build_tokenizer(config, documents).to_str(pretty=True))
     return load_tokenizer(path)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that others see whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -62,7 +62,7 @@ def test_a_cache_that_cannot_be_written(config: DataConfig, tmp_path: Path, monk
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("training.data.prepare.os.replace", full)
+    monkeypatch.setattr("moe.files.os.replace", full)
     with pytest.raises(DataError, match=r"the data cache .*cache can't be written.*No space left"):
         prepare(config, None)
     assert not [f for f in (tmp_path / "cache").rglob("*.json*") if "tokenizers" in str(f)]
