@@ -47,6 +47,7 @@ class TrainState(NamedTuple):
     tokens: int  # trained on so far
     position: DataPosition  # of the next step
     initial_loss: float | None  # training loss of the first step
+    recent_losses: list[float]  # and of the last ones, 50 at most
     initial_eval_loss: float  # held-out loss before it
     data: str  # fingerprint of the training sequences, so that a position means the same ones
 
@@ -126,7 +127,9 @@ def find_fault(folder: Path) -> str | None:
         recorded = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if recorded["format"] != FORMAT:
             return f"its format is {recorded['format']}; this version reads format {FORMAT}"
-        for name, expected in recorded["files"].items():
+        _train_state(recorded)
+        for name in (MODEL, OPTIMIZER, RNG, CONFIG, TOKENIZER):
+            expected = recorded["files"][name]
             size = (folder / name).stat().st_size
             if size != expected["bytes"]:
                 return f"{name} has {size} bytes instead of {expected['bytes']}"
@@ -154,9 +157,8 @@ def read_checkpoint(folder: Path, run: RunConfig) -> Checkpoint:
             + "\nrestore these values, choose another run_dir, or set checkpoint.resume=never to start again"
         )
     recorded = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    state = TrainState(**recorded["train"])._replace(position=DataPosition(**recorded["train"]["position"]))
     tensors = (read_tensors(folder / name) for name in (MODEL, OPTIMIZER, RNG))
-    return Checkpoint(folder, state, *tensors)
+    return Checkpoint(folder, _train_state(recorded), *tensors)
 
 
 def restore_rng(saved: dict[str, Tensor], ranks: Ranks) -> None:
@@ -165,6 +167,11 @@ def restore_rng(saved: dict[str, Tensor], ranks: Ranks) -> None:
         torch.set_rng_state(saved[f"{ranks.rank}.cpu"])
     if f"{ranks.rank}.cuda" in saved and ranks.device.type == "cuda":
         torch.cuda.set_rng_state(saved[f"{ranks.rank}.cuda"], ranks.device)
+
+
+def _train_state(recorded: dict[str, Any]) -> TrainState:
+    state = TrainState(**recorded["train"])
+    return state._replace(position=DataPosition(**recorded["train"]["position"]))
 
 
 def _collect(tensors: Iterable[tuple[str, Tensor]], ranks: Ranks) -> dict[str, Tensor]:

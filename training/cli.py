@@ -62,11 +62,15 @@ def _pretrain(options: argparse.Namespace) -> int:
 
 
 def _launch(options: argparse.Namespace) -> int:
+    from training.config import load_run_config
     from training.launch import launch
 
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
     if not words:
         raise UserError("say what to launch after --, such as: moe launch --ranks 2 -- pretrain CONFIG.yaml")
+    command = _parser().parse_args(words)
+    if command.run is _pretrain:
+        load_run_config(command.config, command.overrides)  # a mistake is told once, not by every rank
     return launch(options.ranks, options.hostfile, words)
 
 

@@ -86,8 +86,35 @@ class LogConfig(Config):
     every: int = Field(default=10, ge=1)  # steps between points in TensorBoard and lines on a plain console
 
 
+# Of the DeepSpeed config, what the run's own sections decide.
+GENERATED = (
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_optimization.stage",
+    "torch_autocast",
+    "bf16",
+    "fp16",
+    "optimizer",
+    "scheduler",
+)
+
+
 class EngineConfig(Config):
     deepspeed: dict[str, Any] = Field(default_factory=dict)  # merged over the generated DeepSpeed config
+
+    @model_validator(mode="after")
+    def _leaves_the_generated_alone(self) -> "EngineConfig":
+        for path in GENERATED:
+            node: Any = self.deepspeed
+            for key in path.split("."):
+                node = node.get(key) if isinstance(node, dict) else None
+            if node is not None:
+                raise ValueError(
+                    f"deepspeed sets {path}, which is generated from the sections train, optimizer and "
+                    "parallel; set it there"
+                )
+        return self
 
 
 class RunConfig(Config):
@@ -166,17 +193,21 @@ def describe_errors(error: ValidationError, data: dict[str, Any], source: str) -
     lines = []
     for problem in error.errors():
         message = problem["msg"].removeprefix("Value error, ")
-        where = _yaml_path(problem["loc"], data)
+        where = _yaml_path(problem["loc"], data, absent=problem["type"] == "missing")
         given = "" if isinstance(problem["input"], dict | Config) else f" (given: {problem['input']!r})"
         lines.append(f"  {where + ': ' if where else ''}{message}{given}")
     return f"{source} is not a valid run:\n" + "\n".join(lines)
 
 
-def _yaml_path(loc: tuple[int | str, ...], data: Any) -> str:
-    """pydantic's location without the tags it inserts for tagged unions, which the YAML doesn't have."""
+def _yaml_path(loc: tuple[int | str, ...], data: Any, absent: bool) -> str:
+    """pydantic's location without what it inserts for unions, which the YAML doesn't have.
+
+    Args:
+        absent: the last part is a key that should be there and isn't.
+    """
     path: list[str] = []
     for i, part in enumerate(loc):
-        if isinstance(data, dict) and (part in data or i == len(loc) - 1):
+        if isinstance(data, dict) and (part in data or (absent and i == len(loc) - 1)):
             data = data.get(part)
         elif isinstance(data, list) and isinstance(part, int) and part < len(data):
             data = data[part]

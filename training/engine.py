@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from routing.errors import UserError
 from training.config import OptimizerConfig, RunConfig
 
 # DeepSpeed settles its accelerator and log level when it is imported.
@@ -25,18 +24,6 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_optimizer_state,
     safe_set_local_optimizer_state,
-)
-
-GENERATED = (
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "zero_optimization.stage",
-    "torch_autocast",
-    "bf16",
-    "fp16",
-    "optimizer",
-    "scheduler",
 )
 
 
@@ -133,11 +120,7 @@ def raise_together(error: Exception | None, ranks: Ranks) -> None:
 
 
 def deepspeed_config(run: RunConfig, accumulation: int) -> dict[str, Any]:
-    """The DeepSpeed JSON of a run: generated, with `engine.deepspeed` merged over it.
-
-    Raises:
-        UserError: if `engine.deepspeed` sets what the run's own sections decide.
-    """
+    """The DeepSpeed JSON of a run: generated, with `engine.deepspeed` merged over it."""
     # Batch sizes are in tokens here; DeepSpeed only needs to know how many backward passes make a step.
     generated: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -154,17 +137,7 @@ def deepspeed_config(run: RunConfig, accumulation: int) -> dict[str, Any]:
             "dtype": "bfloat16",
             "lower_precision_safe_modules": [],
         }
-    extra = run.engine.deepspeed
-    for path in GENERATED:
-        node: Any = extra
-        for key in path.split("."):
-            node = node.get(key) if isinstance(node, dict) else None
-        if node is not None:
-            raise UserError(
-                f"engine.deepspeed sets {path}, which is generated from the sections train, optimizer and "
-                "parallel; set it there"
-            )
-    return _merged(generated, extra)
+    return _merged(generated, run.engine.deepspeed)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

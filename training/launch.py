@@ -1,6 +1,7 @@
 """Several processes: `moe launch`, over the DeepSpeed launcher."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -33,9 +34,17 @@ def launch(ranks: int | None, hostfile: Path | None, command: list[str]) -> int:
     words = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--no_local_rank"]
     # Without a hostfile DeepSpeed would look for one of its own; a name that isn't there means "none".
     words += ["--hostfile", str(hostfile) if hostfile else os.devnull]
+    if hostfile is None:
+        words += ["--master_port", str(_free_port())]  # so that several launches can share a machine
     words += ["--quiet", "--module", "training.cli", *command]
     environment = dict(os.environ)
     if not gpus:
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     return subprocess.run(words, env=environment, check=False).returncode
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -59,7 +59,7 @@ def train(
         The state reached, which is saved, and its evaluation; None if the run was stopped before its end.
 
     Raises:
-        NonFiniteLoss: with the parameters of the step before; nothing is saved.
+        NonFiniteLoss: of a step that has not been saved.
     """
     max_steps = run.train.max_steps
     evaluation = None
@@ -69,10 +69,13 @@ def train(
             for group in engine.optimizer.param_groups:
                 group["lr"] = lr
             result = train_step(engine, stream.next_step(), run.objective, ranks, request.asked)
-            if state.initial_loss is None:
-                state = state._replace(initial_loss=result.parts["masked_lm"])
+            loss = result.parts["masked_lm"]
             state = state._replace(
-                step=state.step + 1, tokens=state.tokens + result.tokens, position=stream.position
+                step=state.step + 1,
+                tokens=state.tokens + result.tokens,
+                position=stream.position,
+                initial_loss=loss if state.initial_loss is None else state.initial_loss,
+                recent_losses=[*state.recent_losses, loss][-50:],
             )
             if log:
                 log.step(state.step, result, lr)

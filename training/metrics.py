@@ -1,7 +1,6 @@
 """What a run reports: TensorBoard for the record, the console for the person in front of it."""
 
 import time
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -46,7 +45,6 @@ class RunLog:
             disable=not console.is_terminal,
         )
         self._task = self._progress.add_task("", total=max_steps, completed=first_step)
-        self._recent: deque[float] = deque(maxlen=50)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -63,11 +61,6 @@ class RunLog:
         """Of training alone, evaluation and checkpoints left out, since the log began."""
         return self._tokens / self._seconds if self._seconds else 0.0
 
-    @property
-    def recent_loss(self) -> float | None:
-        """Training loss, mean of the last 50 steps; None before the first."""
-        return float(np.mean(self._recent)) if self._recent else None
-
     def pause(self) -> None:
         """What happens until the next `resume` isn't training: don't count its time."""
         self._seconds += time.perf_counter() - self._since
@@ -82,7 +75,6 @@ class RunLog:
         self.pause()
         self.resume()
         loss = result.parts["masked_lm"]
-        self._recent.append(loss)
         self._progress.update(self._task, completed=step, description=self._line(loss, result.routing))
         if step % self._every == 0:
             self._write_window(step, lr)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from math import ceil
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -65,6 +66,9 @@ def pretrain(run: RunConfig) -> Summary | None:
         checkpoint = read_checkpoint(source, run) if source else None
         data = prepare(run.data, source / TOKENIZER if source else None)
         words = _fitting_vocabulary(data, run)
+        fingerprint = _fingerprint(data.train)
+        if checkpoint:
+            _refuse_other_data(checkpoint, fingerprint)
         if ranks.is_main:
             _claim_run_dir(folder, run)
     torch.manual_seed(run.seed)
@@ -91,10 +95,12 @@ def pretrain(run: RunConfig) -> Summary | None:
         return evaluate(engine, _held_out(run, data, words, ranks), ranks)
 
     before = evaluate_held_out()
-    state = TrainState(0, 0, stream.position, None, before.loss, _fingerprint(data.train))
+    state = TrainState(0, 0, stream.position, None, [], before.loss, fingerprint)
     if checkpoint:
-        state = _resume(engine, checkpoint, state, ranks)
+        state = checkpoint.state
         stream.position = state.position
+        load_moments(engine, checkpoint.optimizer, state.step)
+        restore_rng(checkpoint.rng, ranks)
     tokenizer = data.tokenizer.to_str(pretty=True)
     entropy = unigram_entropy(data.held_out, words, run.train.evaluation_tokens)
     console.print(
@@ -166,15 +172,12 @@ def _fingerprint(sequences: Dataset) -> str:
     return f"{len(lengths):,} training sequences, {lengths.sum():,} tokens ({digest})"
 
 
-def _resume(engine: Any, checkpoint: Checkpoint, fresh: TrainState, ranks: Ranks) -> TrainState:
-    if checkpoint.state.data != fresh.data:
+def _refuse_other_data(checkpoint: Checkpoint, fingerprint: str) -> None:
+    if checkpoint.state.data != fingerprint:
         raise UserError(
             f"cannot resume {checkpoint.folder}: it was trained on {checkpoint.state.data}, but the corpus "
-            f"now gives {fresh.data}; restore the corpus, or set checkpoint.resume=never to start again"
+            f"now gives {fingerprint}; restore the corpus, or set checkpoint.resume=never to start again"
         )
-    load_moments(engine, checkpoint.optimizer, checkpoint.state.step)
-    restore_rng(checkpoint.rng, ranks)
-    return checkpoint.state
 
 
 def _held_out(run: RunConfig, data: PreparedData, words: Vocabulary, ranks: Ranks) -> Iterator[MaskedBatch]:
@@ -197,7 +200,7 @@ def _summary(state: TrainState, log: RunLog, after: Evaluation, entropy: float, 
         "tokens": state.tokens,
         "tokens_per_second": round(log.tokens_per_second, 1),
         "initial_loss": state.initial_loss,  # training loss of the first step
-        "final_loss": log.recent_loss,  # training loss, mean of the last steps
+        "final_loss": fmean(state.recent_losses),  # training loss, mean of the last steps
         "initial_eval_loss": state.initial_eval_loss,  # held-out
         "eval_loss": after.loss,
         "unigram_entropy": entropy,

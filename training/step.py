@@ -17,7 +17,7 @@ from training.objective import StepTotals, masked_lm_objective
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss is NaN or infinite; the parameters are still those of the step before."""
+    """The loss or its gradient is NaN or infinite; a run stops here, before anything of it is saved."""
 
 
 class StepResult(NamedTuple):
@@ -43,7 +43,8 @@ def train_step(
     loss is divided by them. Selection biases are updated once, from the counts of the whole step.
 
     Raises:
-        NonFiniteLoss: on all ranks, before the parameters are touched.
+        NonFiniteLoss: on all ranks. For a loss, before the parameters are touched; a gradient that overflows
+            under a finite loss is known only after the update.
     """
     counts = [
         sum(len(b.targets) for b in batches),
@@ -68,6 +69,8 @@ def train_step(
     if not all(isfinite(value) for value in values.values()):
         raise NonFiniteLoss(", ".join(f"{name} = {value}" for name, value in values.items()))
     norm = step_and_norm(engine)
+    if not isfinite(norm):
+        raise NonFiniteLoss(f"gradient norm = {norm}")
     _update_selection_biases(engine.module, stats)
     return StepResult(values, norm, int(tokens), stats, bool(stops))
 

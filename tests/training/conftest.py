@@ -1,6 +1,7 @@
 """A run small enough to train in a second, on real English: some of Python's own documentation."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from pydoc_data import topics
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from training import engine
 from training.config import RunConfig
-from training.engine import Ranks, start_processes, stop_processes
+from training.engine import Ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,24 +63,69 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
-def tiny(tmp_path: Path, text_file: Path, cache_dir: Path) -> dict[str, Any]:
-    """The tiny run as YAML data, with a run_dir of its own; tests change it as they like."""
-    data = yaml.safe_load(yaml.safe_dump(TINY))
-    data["run_dir"] = str(tmp_path / "run")
+def tiny_data(folder: Path, text_file: Path, cache_dir: Path) -> dict[str, Any]:
+    """The tiny run as YAML data, its run_dir in `folder`."""
+    data: dict[str, Any] = yaml.safe_load(yaml.safe_dump(TINY))
+    data["run_dir"] = str(folder / "run")
     data["data"]["corpus"]["files"] = [str(text_file)]
     data["data"]["cache_dir"] = str(cache_dir)
     return data
 
 
+def without_noise(data: dict[str, Any]) -> dict[str, Any]:
+    """The run without what differs between ranks by design: dropout and jitter."""
+    data["model"]["dropout"] = 0.0
+    data["model"]["block"]["feed_forward"]["router"]["jitter"] = 0.0
+    # AdamW divides by the root of its second moment: where that is near 0, a larger eps keeps it from
+    # blowing the gradients' rounding up.
+    data["optimizer"]["eps"] = 1e-3
+    return data
+
+
+def write_yaml(path: Path, data: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, text_file: Path, cache_dir: Path) -> dict[str, Any]:
+    """The tiny run with a run_dir of its own; tests change it as they like."""
+    return tiny_data(tmp_path, text_file, cache_dir)
+
+
+@pytest.fixture
+def exact(tiny: dict[str, Any]) -> dict[str, Any]:
+    return without_noise(tiny)
+
+
 @pytest.fixture
 def write_config(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
-    def write(data: dict[str, Any]) -> Path:
-        path = tmp_path / "run.yaml"
-        path.write_text(yaml.safe_dump(data), encoding="utf-8")
-        return path
+    return lambda data: write_yaml(tmp_path / "run.yaml", data)
 
-    return write
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory, text_file: Path, cache_dir: Path) -> Path:
+    """A folder with `run.yaml` and `run/`, which `moe pretrain run.yaml` left after 12 steps in one go."""
+    folder = tmp_path_factory.mktemp("reference")
+    data = tiny_data(folder, text_file, cache_dir)
+    data["train"] |= {"max_steps": 12, "evaluate_every": 6}
+    data["checkpoint"] = {"every": 3}
+    process = moe_process("pretrain", str(write_yaml(folder / "run.yaml", data)))
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    (folder / "output.txt").write_text(output, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def finished(reference: Path, tmp_path: Path) -> Path:
+    """A copy of the reference's run_dir, to do with as a test likes."""
+    return Path(shutil.copytree(reference / "run", tmp_path / "run"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its content."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture
@@ -87,9 +135,13 @@ def tiny_run(tiny: dict[str, Any]) -> RunConfig:
 
 @pytest.fixture(scope="session")
 def alone() -> Iterator[Ranks]:
-    """A process group of one, in the test's own process."""
-    yield start_processes()
-    stop_processes()
+    """A process group of one, in the tests' own process. It stays until the end, whatever a test calls:
+    DeepSpeed keeps the groups it has seen and can't do without them."""
+    torch.set_num_threads(1)  # small matrices; more threads would wait for each other
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "stop_processes", lambda: None)
+        yield engine.start_processes()
+    engine.stop_processes()
 
 
 def moe_process(*words: str, **environment: str) -> subprocess.Popen[str]:
@@ -104,14 +156,18 @@ def moe_process(*words: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def run_ranks(world: int, function: str, *arguments: str) -> None:
     """Call `function` of `tests/training/workers.py` on real gloo ranks, each a process.
 
     One rank that fails fails the test, with what it printed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.training.workers", function, *arguments],

@@ -13,17 +13,6 @@ from tests.training.conftest import run_ranks
 STAGES = (0, 1, 2, 3)
 
 
-@pytest.fixture
-def exact(tiny: dict[str, Any]) -> dict[str, Any]:
-    """The tiny run without what differs between ranks by design: dropout and jitter."""
-    tiny["model"]["dropout"] = 0.0
-    # AdamW divides by the root of its second moment: where that is near 0, a larger eps keeps it from
-    # blowing the gradients' rounding up.
-    tiny["optimizer"]["eps"] = 1e-3
-    tiny["model"]["block"]["feed_forward"]["router"]["jitter"] = 0.0
-    return tiny
-
-
 @pytest.mark.distributed
 def test_two_ranks_and_accumulation_give_the_gradients_of_one_process(
     exact: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path

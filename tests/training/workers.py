@@ -25,6 +25,7 @@ from training.engine import (
     stop_processes,
 )
 from training.optimizer_state import whole_moments, whole_parameters
+from training.pretrain import pretrain
 
 
 def assemble(run: RunConfig, ranks: Ranks) -> tuple[Any, TrainingStream]:
@@ -86,6 +87,17 @@ def record(config: str, out: str, *variants: str) -> None:
         if ranks.is_main:
             save_file(recorded, Path(out) / f"{variant}.safetensors")
     stop_processes()
+
+
+def pretrain_all(out: str, *cases: str) -> None:
+    """For each case `CONFIG,NAME,zero_stage[,CHECKPOINT]` pre-train in `OUT/NAME`, from the checkpoint."""
+    for case in cases:
+        config, name, stage, *source = case.split(",")
+        data = yaml.safe_load(Path(config).read_text())
+        data["run_dir"] = str(Path(out) / name)
+        data["parallel"] = {"zero_stage": int(stage)}
+        data["checkpoint"]["resume"] = source[0] if source else "auto"
+        pretrain(RunConfig.model_validate(data))
 
 
 if __name__ == "__main__":

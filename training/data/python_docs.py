@@ -6,7 +6,7 @@ import inspect
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _NOT_DOCUMENTATION = {"site-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "__pycache__"}
@@ -15,11 +15,12 @@ _NOT_DOCUMENTATION = {"site-packages", "test", "tests", "idle_test", "idlelib", 
 def python_docs() -> Iterator[str]:
     """The running Python's documentation, in an order that depends on nothing but its version.
 
-    A document is a module's docstrings joined by blank lines, or a topic of `help()`. A docstring appears
-    once, however many classes inherit it.
+    A document is a class's docstrings joined by blank lines, those of a module and its functions, or a topic of
+    `help()`: small enough that the held-out ones resemble the others. A docstring appears once, however many
+    classes inherit it.
     """
     seen: set[str] = set()
-    for docstrings in _modules():
+    for docstrings in _documents():
         fresh = []
         for docstring in map(inspect.cleandoc, docstrings):
             if docstring and docstring not in seen:
@@ -29,25 +30,44 @@ def python_docs() -> Iterator[str]:
             yield "\n\n".join(fresh)
 
 
-def _modules() -> Iterator[list[str]]:
+def _documents() -> Iterator[list[str]]:
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         if not _NOT_DOCUMENTATION.intersection(path.relative_to(library).parts):
-            yield source_docstrings(path)
+            yield from source_docstrings(path)
     for name in sorted(sys.builtin_module_names):
-        yield list(builtin_docstrings(name))
+        yield from builtin_docstrings(name)
     for topic in _topics():
         yield [topic]
 
 
-def source_docstrings(path: Path) -> list[str]:
-    """A module's docstrings from top to bottom, read from its source: importing could do anything."""
+def source_docstrings(path: Path) -> list[list[str]]:
+    """Docstrings of a module with its functions, then of each of its classes, every list from top to bottom.
+
+    They are read from the source: importing could do anything.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the standard library's own invalid escapes
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return []  # a template or a test case of a broken file
+    classes = [statement for statement in tree.body if isinstance(statement, ast.ClassDef)]
+    rest = ast.Module([statement for statement in tree.body if statement not in classes], [])
+    return [_docstrings_within(part) for part in (rest, *classes)]
+
+
+def builtin_docstrings(name: str) -> Iterator[list[str]]:
+    """The same of a module compiled into the interpreter. Only C objects count: programs replace others."""
+    module = importlib.import_module(name)
+    members = [member for _, member in sorted(vars(module).items())]
+    yield _docstrings_of([module, *filter(inspect.isbuiltin, members)])
+    for member in filter(inspect.isclass, members):
+        attributes = [attribute for _, attribute in sorted(vars(member).items())]
+        yield _docstrings_of([member, *(a for a in attributes if inspect.isroutine(a) or inspect.isdatadescriptor(a))])
+
+
+def _docstrings_within(tree: ast.AST) -> list[str]:
     documented = [
         node
         for node in ast.walk(tree)
@@ -57,24 +77,9 @@ def source_docstrings(path: Path) -> list[str]:
     return [docstring for node in documented if (docstring := ast.get_docstring(node))]
 
 
-def builtin_docstrings(name: str) -> Iterator[str]:
-    """Docstrings of a module compiled into the interpreter. Only C objects count: programs replace others."""
-    module = importlib.import_module(name)
-    yield from _docstring(module)
-    for _, member in sorted(vars(module).items()):
-        if inspect.isclass(member):
-            yield from _docstring(member)
-            for _, attribute in sorted(vars(member).items()):
-                if inspect.isroutine(attribute) or inspect.isdatadescriptor(attribute):
-                    yield from _docstring(attribute)
-        elif inspect.isbuiltin(member):
-            yield from _docstring(member)
-
-
-def _docstring(value: object) -> Iterator[str]:
-    docstring = getattr(value, "__doc__", None)
-    if isinstance(docstring, str):
-        yield docstring
+def _docstrings_of(objects: Iterable[object]) -> list[str]:
+    docstrings = (getattr(value, "__doc__", None) for value in objects)
+    return [docstring for docstring in docstrings if isinstance(docstring, str)]
 
 
 def _topics() -> list[str]:

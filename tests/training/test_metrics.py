@@ -1,0 +1,140 @@
+"""What a run shows: the figures of a step and of a window, a heat map, a table."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from routing import RoutingReport, RoutingStats
+from training.evaluate import Evaluation
+from training.metrics import RunLog, load_image, routing_table
+from training.step import StepResult
+
+
+def stats(assigned: list[int], dropped: int = 0) -> RoutingStats:
+    """Of a router with top_k 1 whose tokens have an entropy of half a nat each."""
+    tokens = sum(assigned)
+    return RoutingStats(
+        prob_sum=torch.tensor(assigned, dtype=torch.float32),
+        assigned=torch.tensor(assigned),
+        dropped=torch.tensor([dropped] + [0] * (len(assigned) - 1)),
+        lse_sq_sum=torch.tensor(0.0),
+        entropy_sum=torch.tensor(tokens / 2),
+        tokens=torch.tensor(tokens),
+    )
+
+
+def result(loss: float, assigned: list[int], grad_norm: float = 1.0) -> StepResult:
+    return StepResult(
+        {"masked_lm": loss, "z": 2 * loss}, grad_norm, sum(assigned), {"0.experts": stats(assigned)}, False
+    )
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=120)
+
+
+def printed(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_experts_that_take_turns_look_collapsed_in_a_step_and_balanced_in_the_window(
+    tmp_path: Path, console: Console
+) -> None:
+    with RunLog(tmp_path, every=2, first_step=0, max_steps=9, console=console) as log:
+        log.step(1, result(4.0, [8, 0]), lr=0.5)
+        assert not printed(console)
+        log.step(2, result(2.0, [0, 8], grad_norm=3.0), lr=0.25)
+        log.step(3, result(1.0, [2, 6]), lr=0.125)
+    curves = scalars(tmp_path)
+    assert curves["loss/masked_lm"] == [(2, 3.0)]  # mean of the window
+    assert curves["loss/z"] == [(2, 6.0)]
+    assert curves["optimizer/learning_rate"] == [(2, 0.25)]
+    assert curves["optimizer/gradient_norm"] == [(2, 3.0)]
+    assert curves["routing_step/0.experts/max_over_mean"] == [(2, 2.0)]
+    assert curves["routing_window/0.experts/max_over_mean"] == [(2, 1.0)]
+    assert curves["routing_step/0.experts/dead"] == [(2, 1.0)]
+    assert curves["routing_window/0.experts/dead"] == [(2, 0.0)]
+    assert curves["routing_step/0.experts/load/000"] == [(2, 0.0)]
+    assert curves["routing_step/0.experts/load/001"] == [(2, 1.0)]
+    assert curves["routing_window/0.experts/load/000"] == [(2, 0.5)]
+    assert curves["routing_window/0.experts/entropy"] == [(2, 0.5)]
+    assert "step 2: loss 2.000" in printed(console)
+    assert "worst max/mean 2.00" in printed(console)
+
+
+def test_windows_do_not_overlap(tmp_path: Path, console: Console) -> None:
+    with RunLog(tmp_path, every=2, first_step=0, max_steps=4, console=console) as log:
+        for step, loss in enumerate([8.0, 4.0, 2.0, 1.0], 1):
+            log.step(step, result(loss, [1, 1]), lr=1.0)
+    assert scalars(tmp_path)["loss/masked_lm"] == [(2, 6.0), (4, 1.5)]
+
+
+def test_a_resumed_log_supersedes_what_was_written_after_its_checkpoint(tmp_path: Path, console: Console) -> None:
+    for first_step, loss in ((0, 4.0), (2, 1.0)):
+        with RunLog(tmp_path, every=1, first_step=first_step, max_steps=4, console=console) as log:
+            for step in range(first_step + 1, 5):
+                log.step(step, result(loss, [1, 1]), lr=1.0)
+    assert scalars(tmp_path)["loss/masked_lm"] == [(1, 4.0), (2, 4.0), (3, 1.0), (4, 1.0)]
+
+
+def test_speed_counts_training_alone(tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    with RunLog(tmp_path, every=1, first_step=0, max_steps=9, console=console) as log:
+        assert log.tokens_per_second == 0
+        now += 2
+        log.step(1, result(1.0, [3, 5]), lr=1.0)
+        assert log.tokens_per_second == 4
+        log.pause()
+        now += 1000  # an evaluation
+        log.resume()
+        now += 2
+        log.step(2, result(1.0, [3, 5]), lr=1.0)
+        assert log.tokens_per_second == 4
+
+
+def test_an_evaluation_has_its_curves_and_its_image(tmp_path: Path, console: Console) -> None:
+    with RunLog(tmp_path, every=1, first_step=0, max_steps=9, console=console) as log:
+        log.evaluation(7, Evaluation(2.5, {"0.experts": stats([3, 1], dropped=1)}))
+        log.evaluation(8, Evaluation(2.0, {}))  # no routed layer
+    curves = scalars(tmp_path)
+    assert curves["loss/held_out"] == [(7, 2.5), (8, 2.0)]
+    assert curves["routing_held_out/0.experts/max_over_mean"] == [(7, 1.5)]
+    assert curves["routing_held_out/0.experts/dropped_fraction"] == [(7, 0.25)]
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Images("routing_held_out/load")] == [7]
+    assert "step 7: held-out loss 2.5000" in printed(console)
+
+
+def test_load_image_is_a_row_per_router_blue_below_the_mean_and_red_above() -> None:
+    def figures(load: list[float]) -> RoutingReport:
+        return RoutingReport(load=load, max_over_mean=1.0, entropy=0.0, dropped_fraction=0.0, dead=0)
+
+    image = load_image({"0.experts": figures([0.0, 1.0]), "1.experts": figures([0.25] * 4)})
+    assert image.dtype == np.uint8
+    assert image.shape == (170, 310, 3)  # 1.0 + 2 * 0.35 by 1.5 + 4 * 0.4 inches of 100 dots
+    colours = {tuple(int(c) for c in pixel) for pixel in image.reshape(-1, 3)}
+    assert {(5, 48, 97), (103, 0, 31)} <= colours  # the ends of RdBu: load 0 and twice the mean
+
+
+def test_routing_table_says_it_in_words(console: Console) -> None:
+    console.print(routing_table({"0.experts": stats([6, 2, 0, 0], dropped=2), "1.experts": stats([1] * 32)}))
+    rows = [line.strip("│ ").split("│") for line in printed(console).splitlines() if ".experts" in line]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["0.experts", "3.00", "0.50 of 1.39", "25.0%", "2", "75 25 0 0"],
+        ["1.experts", "1.00", "0.50 of 3.47", "0.0%", "0", "min 3.12, max 3.12"],
+    ]
