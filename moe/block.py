@@ -27,9 +27,7 @@ class EncoderBlock(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(width, eps=norm_eps, bias=False)
         ff = config.feed_forward
         self.feed_forward = (
-            FeedForward(width, ff.width, ff.activation)
-            if isinstance(ff, DenseConfig)
-            else MoEFeedForward(ff, width)
+            FeedForward(width, ff.width, ff.activation) if isinstance(ff, DenseConfig) else MoEFeedForward(ff, width)
         )
         self.dropout = nn.Dropout(dropout)
 

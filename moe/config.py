@@ -142,16 +142,13 @@ class EncoderConfig(Config):
 
     def num_params(self) -> int:
         """Parameters of `Encoder`; a head's come on top."""
-        blocks = sum(
-            b.attention.num_params(self.width) + b.feed_forward.num_params(self.width) for b in self.blocks()
-        )
+        blocks = sum(b.attention.num_params(self.width) + b.feed_forward.num_params(self.width) for b in self.blocks())
         return self._embeddings_and_norms() + blocks
 
     def num_active_params(self) -> int:
         """Parameters that one token meets: unchosen experts left out."""
         blocks = sum(
-            b.attention.num_params(self.width) + b.feed_forward.num_active_params(self.width)
-            for b in self.blocks()
+            b.attention.num_params(self.width) + b.feed_forward.num_active_params(self.width) for b in self.blocks()
         )
         return self._embeddings_and_norms() + blocks
 

@@ -47,9 +47,7 @@ class Encoder(nn.Module):
         """
         if batch is not None:
             if attention_mask is not None:
-                raise ValueError(
-                    "give attention_mask for padded input_ids or batch for packed ones, not both"
-                )
+                raise ValueError("give attention_mask for padded input_ids or batch for packed ones, not both")
             return self._encode(input_ids, batch)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if mask.shape != input_ids.shape:

@@ -1,9 +1,10 @@
 """Files and folders that are whole or not there: written beside their place, synced, and renamed into it."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from routing.errors import UserError
@@ -19,6 +20,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     staging = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(staging, ignore_errors=True)  # what a killed process left behind
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "a file is in the way")
         staging.mkdir(parents=True)
         yield staging
         for path in (*staging.rglob("*"), staging):
@@ -48,7 +51,8 @@ def write_file(path: Path, text: str) -> None:
         os.replace(partial, path)
         _sync(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 

@@ -48,7 +48,7 @@ def save_pretrained(
 
 
 def from_pretrained(folder: Path) -> MaskedLM:
-    """Read a model that `save_pretrained` wrote, in evaluation mode, on the CPU.
+    """Read a model that `save_pretrained` wrote, in evaluation mode, on the CPU, in its saved dtypes.
 
     Raises:
         UserError: for a folder without a model, a broken file, or weights that don't fit the config.
@@ -56,12 +56,12 @@ def from_pretrained(folder: Path) -> MaskedLM:
     folder = Path(folder)
     encoder = _read_config(folder / CONFIG)
     model = MaskedLM(encoder)
-    load_weights(model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
+    load_weights(model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS), keep_dtype=True)
     return model.eval()
 
 
-def load_weights(model: MaskedLM, tensors: dict[str, Tensor], source: str) -> None:
-    """Copy named tensors into a model.
+def load_weights(model: MaskedLM, tensors: dict[str, Tensor], source: str, keep_dtype: bool = False) -> None:
+    """Give a model its tensors: copied into its own, or with `keep_dtype` in their place.
 
     Raises:
         UserError: naming missing, unexpected and misshapen tensors.
@@ -77,7 +77,7 @@ def load_weights(model: MaskedLM, tensors: dict[str, Tensor], source: str) -> No
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(f"{source} does not fit the model's config: {'; '.join(wrong[:5])}{more}")
-    model.load_state_dict(tensors, assign=False)
+    model.load_state_dict(tensors, assign=keep_dtype)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -59,9 +59,7 @@ def route(router: Router, x: Tensor) -> Routing:
         weights.append(gates / gates.sum() if config.renormalize else gates)
     all_probs, all_choices = torch.stack(probs), torch.stack(choices)
     kept = torch.ones_like(all_choices, dtype=torch.bool)
-    if config.capacity and (
-        factor := config.capacity.train if router.training else config.capacity.evaluation
-    ):
+    if config.capacity and (factor := config.capacity.train if router.training else config.capacity.evaluation):
         slots = slots_per_choice(len(x), config.top_k, router.num_choices, factor)
         kept = keep(all_choices, all_probs, slots, config.capacity.order)
     return Routing(torch.stack(logits), all_probs, all_choices, torch.stack(weights) * kept, kept)

@@ -15,7 +15,6 @@ It is written beside its place and renamed into it, then `checkpoints/latest` is
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from routing.errors import UserError
 from training.config import RunConfig, differences
 from training.data.packing import DataPosition
 from training.engine import Ranks, gather_over_ranks, raise_together
-from training.optimizer_state import whole_moments, whole_parameters
+from training.optimizer_state import on_main_rank, whole_moments, whole_parameters
 
 FORMAT = 1
 MODEL = "model.safetensors"
@@ -68,8 +67,8 @@ def save_checkpoint(engine: Any, run: RunConfig, state: TrainState, tokenizer: s
     Raises:
         UserError: if it can't be written; older checkpoints are untouched.
     """
-    model = _collect(whole_parameters(engine), ranks)
-    optimizer = _collect(whole_moments(engine), ranks)
+    model = on_main_rank(whole_parameters(engine), ranks)
+    optimizer = on_main_rank(whole_moments(engine), ranks)
     rng = _collect_rng(ranks)
     parent = Path(run.run_dir) / "checkpoints"
     folder = parent / f"step-{state.step:06d}"
@@ -94,7 +93,7 @@ def save_checkpoint(engine: Any, run: RunConfig, state: TrainState, tokenizer: s
 
 
 def find_checkpoint(run: RunConfig) -> Path | None:
-    """The checkpoint that `checkpoint.resume` means: a path, or for `auto` the run's newest whole one.
+    """The checkpoint that `checkpoint.resume` means: a path, or for `auto` the run's last whole one.
 
     Raises:
         UserError: if the named one isn't whole, or none of the run's is though there are some.
@@ -106,7 +105,10 @@ def find_checkpoint(run: RunConfig) -> Path | None:
         if fault := find_fault(folder):
             raise UserError(f"checkpoint.resume is {folder}, which can't be resumed: {fault}")
         return folder
-    candidates = _by_age(Path(run.run_dir) / "checkpoints")
+    parent = Path(run.run_dir) / "checkpoints"
+    # A run that went back to an earlier checkpoint may have left later steps behind: the last one saved leads.
+    last = (parent / LATEST).read_text(encoding="utf-8").strip() if (parent / LATEST).is_file() else ""
+    candidates = sorted(_by_age(parent), key=lambda folder: folder.name != last)
     faults = []
     for folder in candidates:
         fault = find_fault(folder)
@@ -174,15 +176,6 @@ def _train_state(recorded: dict[str, Any]) -> TrainState:
     return state._replace(position=DataPosition(**recorded["train"]["position"]))
 
 
-def _collect(tensors: Iterable[tuple[str, Tensor]], ranks: Ranks) -> dict[str, Tensor]:
-    """Copies on the main rank's CPU; the others only take part in assembling each tensor."""
-    kept = {}
-    for name, tensor in tensors:
-        if ranks.is_main:
-            kept[name] = tensor.detach().cpu().clone().contiguous()
-    return kept
-
-
 def _collect_rng(ranks: Ranks) -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if ranks.device.type == "cuda":
@@ -199,10 +192,7 @@ def _as_yaml(run: RunConfig) -> str:
 
 
 def _as_json(state: TrainState, folder: Path) -> str:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.iterdir())
-    }
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
     train = state._asdict() | {"position": state.position._asdict()}
     return json.dumps({"format": FORMAT, "train": train, "files": files}, indent=2) + "\n"
 

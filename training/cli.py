@@ -1,6 +1,7 @@
 """The `moe` command. Exit codes: 0 done, or stopped on request and saved; 1 failed; 2 yours to mend."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"moe {options.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # during training it is a request to save and stop instead
+        print(f"moe {options.command}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -29,9 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     launch = commands.add_parser("launch", help="run a moe command on several processes")
     launch.add_argument("--ranks", type=int, help="processes on each machine (default: one per GPU)")
     launch.add_argument("--hostfile", type=Path, help="machines, one 'name slots=N' a line")
-    launch.add_argument(
-        "words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="pretrain CONFIG.yaml ..."
-    )
+    launch.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="pretrain CONFIG.yaml ...")
     launch.set_defaults(run=_launch)
     return parser
 
@@ -47,12 +49,13 @@ def _pretrain(options: argparse.Namespace) -> int:
     try:
         pretrain(run)
     except NonFiniteLoss as error:
-        print(
-            f"moe pretrain: the loss is not finite any more ({error}). Training stopped before the update; "
-            f"the last good checkpoint is in {run.run_dir}/checkpoints. Lower optimizer.lr, or raise the "
-            "schedule's warmup, and start a new run_dir",
-            file=sys.stderr,
-        )
+        if os.environ.get("RANK", "0") == "0":  # raised on every rank, told once
+            print(
+                f"moe pretrain: the loss is not finite any more ({error}). Training stopped and saved nothing of it; "
+                f"the last good checkpoint is in {run.run_dir}/checkpoints. Lower optimizer.lr, or raise the "
+                "schedule's warmup, and start a new run_dir",
+                file=sys.stderr,
+            )
         return 1
     except FailedElsewhere:
         return 2

@@ -1,11 +1,16 @@
 """Several processes: `moe launch`, over the DeepSpeed launcher."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
+import psutil
 import torch
 
 from routing.errors import UserError
@@ -26,9 +31,7 @@ def launch(ranks: int | None, hostfile: Path | None, command: list[str]) -> int:
     if ranks is None:
         ranks = gpus
     if ranks < 1:
-        raise UserError(
-            "there is no GPU here to count ranks by; say how many processes to start with --ranks N"
-        )
+        raise UserError("there is no GPU here to count ranks by; say how many processes to start with --ranks N")
     if hostfile is not None and not hostfile.is_file():
         raise UserError(f"the hostfile {hostfile} does not exist")
     words = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--no_local_rank"]
@@ -41,7 +44,36 @@ def launch(ranks: int | None, hostfile: Path | None, command: list[str]) -> int:
     if not gpus:
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    return subprocess.run(words, env=environment, check=False).returncode
+    # In a session of its own, so that Ctrl-C reaches the ranks through us, once, and not the launcher, which
+    # would kill them.
+    launcher = subprocess.Popen(words, env=environment, start_new_session=True)
+    with _stop_passed_on(launcher, several_machines=hostfile is not None):
+        return launcher.wait()
+
+
+@contextmanager
+def _stop_passed_on(launcher: subprocess.Popen[bytes], several_machines: bool) -> Iterator[None]:
+    """Ask the ranks to save and leave at the first Ctrl-C or SIGTERM; kill what is left at the second."""
+    asked = False
+
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            os.killpg(launcher.pid, signal.SIGKILL)
+        elif several_machines:  # the launcher knows the way to the other machines
+            launcher.terminate()
+        else:
+            for child in psutil.Process(launcher.pid).children():
+                for rank in child.children():
+                    rank.terminate()
+        asked = True
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _free_port() -> int:

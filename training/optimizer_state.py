@@ -5,13 +5,13 @@ parameter's from all ranks. Parameters need no such care on the way in: they are
 built. All functions here are collective: every rank calls them together.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from training.engine import gathered, read_partitioned_moment, write_partitioned_moment
+from training.engine import Ranks, gathered, read_partitioned_moment, write_partitioned_moment
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -32,6 +32,15 @@ def whole_moments(engine: Any) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}.{moment}", engine.optimizer.state[parameter][moment]
             else:
                 yield f"{name}.{moment}", read_partitioned_moment(parameter, moment)
+
+
+def on_main_rank(tensors: Iterable[tuple[str, Tensor]], ranks: Ranks) -> dict[str, Tensor]:
+    """CPU copies on the main rank; the others only take part in assembling each tensor, and get nothing."""
+    kept = {}
+    for name, tensor in tensors:
+        if ranks.is_main:
+            kept[name] = tensor.detach().cpu().clone().contiguous()
+    return kept
 
 
 def load_moments(engine: Any, tensors: dict[str, Tensor], step: int) -> None:

@@ -3,17 +3,18 @@
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from math import ceil
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 from datasets import Dataset
 from rich.console import Console
+from torch import Tensor
 
 from moe.files import write_file
 from moe.heads import MaskedLM
@@ -30,7 +31,6 @@ from training.checkpoint import (
 )
 from training.config import RunConfig
 from training.data.packing import (
-    MaskedBatch,
     TrainingStream,
     held_out_batches,
     sequence_lengths,
@@ -42,17 +42,69 @@ from training.engine import Ranks, build_engine, main_first, start_processes
 from training.evaluate import Evaluation, evaluate
 from training.loop import train
 from training.metrics import RunLog, routing_table
-from training.optimizer_state import load_moments, whole_parameters
+from training.optimizer_state import load_moments, on_main_rank, whole_parameters
 
 Summary = dict[str, Any]
+
+
+class Assembled(NamedTuple):
+    """The parts of a run, fitted together."""
+
+    engine: Any
+    stream: TrainingStream
+    evaluate: Callable[[], Evaluation]  # on the held-out split
+
+
+def assemble(run: RunConfig, data: PreparedData, ranks: Ranks, weights: dict[str, Tensor] | None = None) -> Assembled:
+    """Build a run's model, engine and data streams, at step 0. Collective.
+
+    Args:
+        weights: to start from; default: fresh ones, from the run's seed.
+
+    Raises:
+        UserError: if the tokenizer or the weights don't fit the model.
+    """
+    words = _fitting_vocabulary(data, run)
+    torch.manual_seed(run.seed)
+    model = MaskedLM(run.model)
+    if weights is not None:
+        load_weights(model, weights, "the checkpoint")
+    model.encoder.recompute_blocks = run.train.activation_checkpointing
+    accumulation = ceil(run.train.step_tokens / (run.train.micro_batch_tokens * ranks.world))
+    engine = build_engine(model, run, accumulation, ranks)
+    torch.manual_seed(run.seed + 1 + ranks.rank)  # dropout and noise differ between ranks
+    stream = TrainingStream(
+        data.train,
+        run.data.masking,
+        words,
+        seed=run.seed,
+        step_tokens=run.train.step_tokens,
+        rank=ranks.rank,
+        world=ranks.world,
+        accumulation=accumulation,
+    )
+
+    def evaluate_held_out() -> Evaluation:
+        batches = held_out_batches(
+            data.held_out,
+            run.data.masking,
+            words,
+            micro_batch_tokens=run.train.micro_batch_tokens,
+            rank=ranks.rank,
+            world=ranks.world,
+            max_tokens=run.train.evaluation_tokens,
+        )
+        return evaluate(engine, batches, ranks)
+
+    return Assembled(engine, stream, evaluate_held_out)
 
 
 def pretrain(run: RunConfig) -> Summary | None:
     """Pre-train a masked language model as `run` says, resuming where it says so. Collective.
 
     Returns:
-        What `summary.json` holds, on the main rank; None on the others, and if the run was stopped (and
-        saved) before its end.
+        What `summary.json` holds, on the main rank; None on the others, and if the run was stopped (and saved) before
+        its end.
 
     Raises:
         UserError: for anything in the config, the data or the file system that the user can mend.
@@ -71,29 +123,7 @@ def pretrain(run: RunConfig) -> Summary | None:
             _refuse_other_data(checkpoint, fingerprint)
         if ranks.is_main:
             _claim_run_dir(folder, run)
-    torch.manual_seed(run.seed)
-    model = MaskedLM(run.model)
-    if checkpoint:
-        load_weights(model, checkpoint.model, str(checkpoint.folder))
-    model.encoder.recompute_blocks = run.train.activation_checkpointing
-    accumulation = ceil(run.train.step_tokens / (run.train.micro_batch_tokens * ranks.world))
-    parameters = sum(p.numel() for p in model.parameters())
-    engine = build_engine(model, run, accumulation, ranks)
-    torch.manual_seed(run.seed + 1 + ranks.rank)  # dropout and jitter differ between ranks
-    stream = TrainingStream(
-        data.train,
-        run.data.masking,
-        words,
-        seed=run.seed,
-        step_tokens=run.train.step_tokens,
-        rank=ranks.rank,
-        world=ranks.world,
-        accumulation=accumulation,
-    )
-
-    def evaluate_held_out() -> Evaluation:
-        return evaluate(engine, _held_out(run, data, words, ranks), ranks)
-
+    engine, stream, evaluate_held_out = assemble(run, data, ranks, checkpoint.model if checkpoint else None)
     before = evaluate_held_out()
     state = TrainState(0, 0, stream.position, None, [], before.loss, fingerprint)
     if checkpoint:
@@ -101,20 +131,18 @@ def pretrain(run: RunConfig) -> Summary | None:
         stream.position = state.position
         load_moments(engine, checkpoint.optimizer, state.step)
         restore_rng(checkpoint.rng, ranks)
-    tokenizer = data.tokenizer.to_str(pretty=True)
     entropy = unigram_entropy(data.held_out, words, run.train.evaluation_tokens)
     console.print(
-        f"{folder}: {parameters:,} parameters, {run.model.num_active_params():,} of the encoder's active per "
+        f"{folder}: encoder of {run.model.num_params():,} parameters, {run.model.num_active_params():,} active per "
         f"token; {ranks.world} x {ranks.device.type}\n"
         f"{state.data}; step {state.step} of {run.train.max_steps}"
         + (f", resumed from {source}" if source else "")
         + f"\nheld-out loss {before.loss:.4f}, unigram entropy {entropy:.4f} nats"
     )
-    log = (
-        RunLog(folder / "tensorboard", run.log.every, state.step, run.train.max_steps, console)
-        if ranks.is_main
-        else None
-    )
+    log = None
+    if ranks.is_main:
+        log = RunLog(folder / "tensorboard", run.log.every, state.step, run.train.max_steps, console)
+    tokenizer = data.tokenizer.to_str(pretty=True)
     with log or nullcontext():
         state, after = train(
             engine,
@@ -129,16 +157,15 @@ def pretrain(run: RunConfig) -> Summary | None:
     if after is None:
         console.print(f"stopped at step {state.step}, which is saved; the same command goes on from there")
         return None
-    weights = dict(whole_parameters(engine))
+    weights = on_main_rank(whole_parameters(engine), ranks)
     if log is None:
         return None
-    save_pretrained(model, folder / "model", tokenizer, weights)
+    save_pretrained(engine.module, folder / "model", tokenizer, weights)
     summary = _summary(state, log, after, entropy, ranks)
     write_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     console.print(routing_table(after.routing) if after.routing else "no routed layer")
     console.print(
-        f"held-out loss {state.initial_eval_loss:.4f} -> {after.loss:.4f} nats; "
-        f"unigram entropy {entropy:.4f}\n"
+        f"held-out loss {state.initial_eval_loss:.4f} -> {after.loss:.4f} nats; unigram entropy {entropy:.4f}\n"
         f"model: {folder / 'model'}\nsummary: {folder / 'summary.json'}\n"
         f"curves: tensorboard --logdir {folder / 'tensorboard'}"
     )
@@ -178,18 +205,6 @@ def _refuse_other_data(checkpoint: Checkpoint, fingerprint: str) -> None:
             f"cannot resume {checkpoint.folder}: it was trained on {checkpoint.state.data}, but the corpus "
             f"now gives {fingerprint}; restore the corpus, or set checkpoint.resume=never to start again"
         )
-
-
-def _held_out(run: RunConfig, data: PreparedData, words: Vocabulary, ranks: Ranks) -> Iterator[MaskedBatch]:
-    return held_out_batches(
-        data.held_out,
-        run.data.masking,
-        words,
-        micro_batch_tokens=run.train.micro_batch_tokens,
-        rank=ranks.rank,
-        world=ranks.world,
-        max_tokens=run.train.evaluation_tokens,
-    )
 
 
 def _summary(state: TrainState, log: RunLog, after: Evaluation, entropy: float, ranks: Ranks) -> Summary:

@@ -103,9 +103,7 @@ def reduce_over_ranks(
         return {}, {}
     flat = torch.cat([field.detach().reshape(-1).double() for field in fields])
     pieces = sum_over_ranks(flat).cpu().split([field.numel() for field in fields])
-    restored = iter(
-        piece.view(field.shape).to(field.dtype) for piece, field in zip(pieces, fields, strict=True)
-    )
+    restored = iter(piece.view(field.shape).to(field.dtype) for piece, field in zip(pieces, fields, strict=True))
     values = {name: float(next(restored)) for name in parts}
     return values, {name: RoutingStats(*(next(restored) for _ in stats)) for name, stats in routing.items()}
 

@@ -34,9 +34,7 @@ def test_is_pre_norm_attention_then_feed_forward_on_a_residual(feed_forward: dic
     out = block(x, batch)
     assert_close(out.x, written)
     inputs, upstream = {"x": x, **dict(block.named_parameters())}, random_like(written)
-    assert_close(
-        gradients(out.x, inputs, upstream), gradients(written, inputs, upstream), rtol=1e-4, atol=1e-5
-    )
+    assert_close(gradients(out.x, inputs, upstream), gradients(written, inputs, upstream), rtol=1e-4, atol=1e-5)
 
 
 def test_returns_statistics_of_what_was_routed() -> None:

@@ -36,18 +36,14 @@ def test_overrides_replace_what_they_give_in_the_layers_they_name() -> None:
     assert config.block_at(5) == config.blocks()[5]
 
 
-@pytest.mark.parametrize(
-    ("layers", "named"), [([0, 4], 4), ([-1], -1), ({"every": 1, "start": 4}, 4)], ids=str
-)
+@pytest.mark.parametrize(("layers", "named"), [([0, 4], 4), ([-1], -1), ({"every": 1, "start": 4}, 4)], ids=str)
 def test_overrides_of_layers_that_do_not_exist_are_refused(layers: object, named: int) -> None:
     with pytest.raises(ValidationError, match=f"layer {named}, but depth is 4: valid layers are 0 to 3"):
         EncoderConfig(depth=4, overrides=[{"layers": layers}])
 
 
 def test_heads_that_do_not_divide_the_width_are_refused_with_those_that_do() -> None:
-    with pytest.raises(
-        ValidationError, match=r"layer 0: width 12 .* 5 heads .*valid numbers of heads: 1, 2, 3, 6"
-    ):
+    with pytest.raises(ValidationError, match=r"layer 0: width 12 .* 5 heads .*valid numbers of heads: 1, 2, 3, 6"):
         EncoderConfig(width=12, block={"attention": {"heads": 5}})
     with pytest.raises(ValidationError, match="layer 2: width 16"):
         EncoderConfig(width=16, overrides=[{"layers": [2], "attention": {"heads": 3}}])
@@ -72,9 +68,7 @@ def test_a_config_survives_json() -> None:
 
 
 def test_accounts_literal() -> None:
-    config = EncoderConfig(
-        vocab_size=10, width=4, depth=1, block={"attention": {"heads": 1}, "feed_forward": EXPERTS}
-    )
+    config = EncoderConfig(vocab_size=10, width=4, depth=1, block={"attention": {"heads": 1}, "feed_forward": EXPERTS})
     embeddings, norms, attention, router, expert = 10 * 4, 4 * 4, 4 * 4 * 4, 4 * 4, 2 * 4 * 16
     assert config.num_params() == embeddings + norms + attention + router + 4 * expert
     assert config.num_active_params() == embeddings + norms + attention + router + 2 * expert
@@ -117,8 +111,7 @@ def test_parameter_counts_equal_the_built_modules(config: EncoderConfig) -> None
         encoder = Encoder(config)
     count = sum(p.numel() for p in encoder.parameters())
     idle = sum(
-        (layer.router.num_choices - layer.router.config.top_k)
-        * sum(w[0].numel() for w in layer.experts.parameters())
+        (layer.router.num_choices - layer.router.config.top_k) * sum(w[0].numel() for w in layer.experts.parameters())
         for layer in encoder.modules()
         if isinstance(layer, MoEFeedForward)
     )

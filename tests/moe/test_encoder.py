@@ -86,9 +86,7 @@ def test_batch_mates_change_nothing_when_dropless(ids: Tensor) -> None:
     together = encoder(ids, MASK)
     alone = [encoder(row[: int(m.sum())][None]) for row, m in zip(ids, MASK, strict=True)]
     for b, one in enumerate(alone):
-        assert_close(
-            together.last_hidden_state[b, : one.last_hidden_state.shape[1]], one.last_hidden_state[0]
-        )
+        assert_close(together.last_hidden_state[b, : one.last_hidden_state.shape[1]], one.last_hidden_state[0])
     for name, stats in together.routing.items():
         assert torch.equal(stats.assigned, sum(one.routing[name].assigned for one in alone))
 

@@ -27,9 +27,7 @@ ORDERS: list[Literal["probability", "position"]] = ["probability", "position"]
         (0, 2, 4, 1.0, 1),
     ],
 )
-def test_slots_are_the_rounded_up_share(
-    tokens: int, top_k: int, num_choices: int, factor: float, slots: int
-) -> None:
+def test_slots_are_the_rounded_up_share(tokens: int, top_k: int, num_choices: int, factor: float, slots: int) -> None:
     assert slots_per_choice(tokens, top_k, num_choices, factor) == slots
 
 
@@ -81,9 +79,7 @@ def test_never_exceeded_never_wasted_and_served_in_order(
     kept = keep_within_capacity(choices, probs, slots, order)
     wanted = choices.flatten().bincount(minlength=num_choices)
     served = choices[kept].bincount(minlength=num_choices)
-    assert torch.equal(
-        served, wanted.clamp(max=slots)
-    )  # not one more, and not one fewer while somebody waits
+    assert torch.equal(served, wanted.clamp(max=slots))  # not one more, and not one fewer while somebody waits
     assert torch.equal(kept, oracles.keep(choices, probs, slots, order))
 
 
@@ -99,9 +95,7 @@ def test_deepspeed_top1_keeps_as_many_of_each_choice() -> None:
     choices = logits.argmax(-1, keepdim=True)
     for factor in (0.5, 1.0, 1.25, 4.0):
         _, _, dispatched, _ = top1gating(logits, factor, min_capacity=1, use_rts=False)
-        ours = keep_within_capacity(
-            choices, logits.softmax(-1), slots_per_choice(64, 1, 4, factor), "position"
-        )
+        ours = keep_within_capacity(choices, logits.softmax(-1), slots_per_choice(64, 1, 4, factor), "position")
         assert torch.equal(dispatched.any(-1).sum(0), choices[ours].bincount(minlength=4))
 
 
@@ -110,9 +104,7 @@ def test_deepspeed_top2_keeps_the_same_assignments_by_position() -> None:
     choices = logits.topk(2).indices
     for factor in (0.5, 1.0, 1.25):
         _, _, dispatched, _ = top2gating(logits, factor, min_capacity=1, top2_2nd_expert_sampling=False)
-        ours = keep_within_capacity(
-            choices, logits.softmax(-1), slots_per_choice(64, 2, 4, factor), "position"
-        )
+        ours = keep_within_capacity(choices, logits.softmax(-1), slots_per_choice(64, 2, 4, factor), "position")
         assert not ours.all()
         assert torch.equal(ours, kept_of(dispatched, choices))
 

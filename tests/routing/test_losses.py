@@ -17,9 +17,7 @@ from tests.oracles import gradients
 def routing_of(logits: Tensor, top_k: int) -> Routing:
     probs = logits.softmax(-1)
     choices = probs.detach().topk(top_k).indices
-    return Routing(
-        logits, probs, choices, probs.gather(1, choices), torch.ones_like(choices, dtype=torch.bool)
-    )
+    return Routing(logits, probs, choices, probs.gather(1, choices), torch.ones_like(choices, dtype=torch.bool))
 
 
 def stats_of(logits: Tensor, top_k: int) -> RoutingStats:

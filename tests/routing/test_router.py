@@ -128,9 +128,7 @@ def test_arithmetic_is_float32_for_bfloat16_input_and_under_autocast() -> None:
         assert_close(router(halved)._asdict(), expected._asdict(), rtol=0, atol=0)
         assert_close(router(x)._asdict(), oracles.route(router, x)._asdict())
     cast = router_of().bfloat16()
-    assert {f.dtype for f in (cast(halved).logits, cast(halved).probs, cast(halved).weights)} == {
-        torch.float32
-    }
+    assert {f.dtype for f in (cast(halved).logits, cast(halved).probs, cast(halved).weights)} == {torch.float32}
 
 
 def test_capacity_has_its_own_factor_at_evaluation_and_is_off_there_by_default(x: Tensor) -> None:
@@ -165,9 +163,7 @@ def test_more_choices_per_token_than_choices_is_refused() -> None:
         Router(RouterConfig(top_k=5), 8, 4)
 
 
-@pytest.mark.parametrize(
-    "config", [{"top_k": 2}, {"top_k": 2, "renormalize": False, "capacity": {}}], ids=str
-)
+@pytest.mark.parametrize("config", [{"top_k": 2}, {"top_k": 2, "renormalize": False, "capacity": {}}], ids=str)
 def test_extreme_logits_stay_finite(config: dict) -> None:
     router = Router(RouterConfig(**config), width=4, num_choices=4)
     torch.nn.init.eye_(router.weight)
@@ -180,9 +176,7 @@ def test_extreme_logits_stay_finite(config: dict) -> None:
     outputs = [routing.weights, stats.prob_sum, stats.lse_sq_sum]
     assert all(
         g.isfinite().all()
-        for g in oracles.gradients(
-            outputs, {"x": x, "w": router.weight}, oracles.random_like(*outputs)
-        ).values()
+        for g in oracles.gradients(outputs, {"x": x, "w": router.weight}, oracles.random_like(*outputs)).values()
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.conftest import ROOT, free_port, moe_process
+from training.checkpoint import find_fault
 from training.config import RunConfig
 from training.pretrain import pretrain
 
@@ -83,4 +84,22 @@ def test_a_mistake_is_told_once_and_ends_every_rank(
     assert (output + errors).count("moe pretrain: no file matches") == 1
     assert "Traceback" not in output + errors
     assert not Path(tiny["run_dir"]).exists()
+    assert_no_process_names(str(config))
+
+
+def test_a_stop_reaches_the_ranks_which_save_and_leave_nothing_behind(
+    tiny: dict[str, Any], write_config: Callable[[dict[str, Any]], Path]
+) -> None:
+    tiny["train"]["max_steps"] = 100_000
+    tiny["checkpoint"] = {"every": 2}
+    config = write_config(tiny)
+    process = moe_process("launch", "--ranks", "2", "--", "pretrain", str(config))
+    latest = Path(tiny["run_dir"]) / "checkpoints" / "latest"
+    while process.poll() is None and not latest.exists():
+        time.sleep(0.05)
+    process.terminate()
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, output + errors
+    assert output.count("stopped at step") == 1
+    assert find_fault(latest.parent / latest.read_text().strip()) is None
     assert_no_process_names(str(config))

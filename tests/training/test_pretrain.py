@@ -20,7 +20,7 @@ from routing.errors import UserError
 from tests.training.conftest import contents, moe_process
 from tests.training.workers import assemble
 from training import step
-from training.checkpoint import find_fault
+from training.checkpoint import find_checkpoint, find_fault
 from training.cli import main
 from training.config import RunConfig, load_run_config
 from training.data.packing import held_out_batches
@@ -262,6 +262,15 @@ def test_resume_from_a_named_checkpoint(reference: Path, tmp_path: Path) -> None
     checkpoints = [p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")]
     assert checkpoints == ["step-000010"]
     assert find_fault(source) is None
+
+
+def test_a_run_that_went_back_goes_on_from_there(reference: Path, finished: Path) -> None:
+    checkpoints = finished / "checkpoints"
+    back = [f"run_dir={finished}", f"checkpoint.resume={checkpoints / 'step-000009'}", "train.max_steps=10"]
+    pretrain(load_run_config(reference / "run.yaml", back))
+    assert (checkpoints / "latest").read_text() == "step-000010\n"
+    run = load_run_config(reference / "run.yaml", [f"run_dir={finished}"])
+    assert find_checkpoint(run) == checkpoints / "step-000010"  # not the step 12 it had reached before
 
 
 def test_a_named_checkpoint_that_is_not_there_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:

@@ -339,7 +339,5 @@ def _text(row: dict[str, Any], column: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON's escapes can spell
-        raise DataError(
-            f"{where}: the column '{column}' isn't valid Unicode: {error}; drop that row"
-        ) from None
+        raise DataError(f"{where}: the column '{column}' isn't valid Unicode: {error}; drop that row") from None
     return text

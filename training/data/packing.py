@@ -199,9 +199,7 @@ class TrainingStream:
 
     def next_step(self) -> list[MaskedBatch]:
         """This rank's micro-batches of the next step, `accumulation` of them; moves `position` on."""
-        step, self._position = next_step_sequences(
-            self._lengths, self._position, self._seed, self._step_tokens
-        )
+        step, self._position = next_step_sequences(self._lengths, self._position, self._seed, self._step_tokens)
         batches = []
         for together in self._cut(step, self._accumulation):
             mine = self._cut(together, self._world)[self._rank]
@@ -279,9 +277,7 @@ def _masked_batch(
     if members:
         table = rows[indices.tolist()]
         ids, lengths = _flat_ids(table), table["length"].to_numpy()
-    masked = mask_tokens(
-        ids, lengths, config=masking, seed=seed, epochs=epochs, indices=indices, vocabulary=vocabulary
-    )
+    masked = mask_tokens(ids, lengths, config=masking, seed=seed, epochs=epochs, indices=indices, vocabulary=vocabulary)
     return MaskedBatch(
         input_ids=torch.from_numpy(masked.input_ids),
         batch=pack_lengths(lengths.tolist()),

@@ -43,9 +43,7 @@ class TokenizerFile(Config):
     path: str
 
 
-TokenizerConfig = Annotated[
-    WordPieceTokenizer | ByteBpeTokenizer | TokenizerFile, Field(discriminator="kind")
-]
+TokenizerConfig = Annotated[WordPieceTokenizer | ByteBpeTokenizer | TokenizerFile, Field(discriminator="kind")]
 
 
 class SpecialTokens(NamedTuple):
@@ -98,9 +96,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_str(path.expanduser().read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(
-            f"the tokenizer {path} can't be read: {error}; give the path of a tokenizer.json"
-        ) from None
+        raise DataError(f"the tokenizer {path} can't be read: {error}; give the path of a tokenizer.json") from None
     except Exception as error:  # the library raises bare Exceptions
         raise DataError(
             f"{path} isn't a tokenizer: {error}; give a tokenizer.json as the tokenizers library writes it"
@@ -183,9 +179,7 @@ def _train_wordpiece(config: WordPieceTokenizer, documents: Dataset) -> Tokenize
     )
     tokenizer.train_from_iterator(_batches(documents), trainer, length=len(documents))
     # Rebuilt from the vocabulary alone, since the letters aren't special after all.
-    tokenizer = Tokenizer(
-        models.WordPiece(tokenizer.get_vocab(), unk_token="[UNK]", continuing_subword_prefix=_PREFIX)
-    )
+    tokenizer = Tokenizer(models.WordPiece(tokenizer.get_vocab(), unk_token="[UNK]", continuing_subword_prefix=_PREFIX))
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix=_PREFIX)

@@ -114,9 +114,7 @@ def test_a_sum_of_outputs_can_be_differentiated(backend: str, x: Tensor) -> None
 
 @pytest.mark.parametrize("backend", ["loop", "torch"])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_autocast_computes_experts_in_bfloat16_and_stays_close(
-    activation: str, backend: str, x: Tensor
-) -> None:
+def test_autocast_computes_experts_in_bfloat16_and_stays_close(activation: str, backend: str, x: Tensor) -> None:
     layer = layer_of(activation=activation, backend=backend, shared_width=8)
     inputs = {"x": x, **dict(layer.named_parameters())}
     slow, stats = oracles.moe_feed_forward(layer, x)
@@ -145,7 +143,5 @@ def test_equal_experts_and_renormalized_gates_are_one_dense_network(x: Tensor) -
     with torch.no_grad():
         layer.experts.up.copy_(layer.experts.up[:1].expand_as(layer.experts.up))
         layer.experts.down.copy_(layer.experts.down[:1].expand_as(layer.experts.down))
-    dense = (
-        torch.stack([oracles.activate(t @ layer.experts.up[0], "gelu") for t in x]) @ layer.experts.down[0]
-    )
+    dense = torch.stack([oracles.activate(t @ layer.experts.up[0], "gelu") for t in x]) @ layer.experts.down[0]
     assert_close(layer(x)[0], dense)

@@ -142,9 +142,7 @@ def test_packing_changes_no_mask(rows: list[list[int]], whole_word: bool, seed: 
         indices=np.arange(len(rows)) + 7,
         vocabulary=VOCABULARY,
     )
-    alone = [
-        mask(ids, seed=seed, epoch=row, index=row + 7, whole_word=whole_word) for row, ids in enumerate(rows)
-    ]
+    alone = [mask(ids, seed=seed, epoch=row, index=row + 7, whole_word=whole_word) for row, ids in enumerate(rows)]
     starts = np.cumsum([0, *map(len, rows)])
     assert packed.input_ids.tolist() == [i for m in alone for i in m.input_ids]
     assert packed.targets.tolist() == [i for m in alone for i in m.targets]

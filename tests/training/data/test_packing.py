@@ -85,9 +85,7 @@ def test_documents_become_sequences(tokenizer: Tokenizer) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.text("abdeRT rost,.\n", max_size=60), min_size=1, max_size=5), st.integers(3, 20))
-def test_nothing_is_lost_in_cutting_documents(
-    tokenizer: Tokenizer, documents: list[str], max_length: int
-) -> None:
+def test_nothing_is_lost_in_cutting_documents(tokenizer: Tokenizer, documents: list[str], max_length: int) -> None:
     whole = [tokenizer.encode(text, add_special_tokens=False).ids for text in documents]
     if not any(whole):
         return
@@ -178,21 +176,14 @@ def test_a_batch_literally() -> None:
     assert batch.input_ids.shape == (7,)
     assert batch.batch.cu_seqlens.tolist() in ([0, 4, 7], [0, 3, 7])
     assert len(batch.targets) == 2  # one of 3, one of 2
-    assert {t.dtype for t in (batch.input_ids, batch.target_index, batch.targets, batch.sequences)} == {
-        torch.int64
-    }
+    assert {t.dtype for t in (batch.input_ids, batch.target_index, batch.targets, batch.sequences)} == {torch.int64}
 
 
 @settings(max_examples=25, deadline=None)
 @given(LENGTHS, st.integers(1, 3), st.integers(1, 3), st.integers(1, 60))
-def test_a_step_is_the_same_however_it_is_cut(
-    lengths: list[int], world: int, accumulation: int, budget: int
-) -> None:
+def test_a_step_is_the_same_however_it_is_cut(lengths: list[int], world: int, accumulation: int, budget: int) -> None:
     whole = stream(lengths, budget=budget)
-    ranks = [
-        stream(lengths, rank=rank, world=world, accumulation=accumulation, budget=budget)
-        for rank in range(world)
-    ]
+    ranks = [stream(lengths, rank=rank, world=world, accumulation=accumulation, budget=budget) for rank in range(world)]
     for _ in range(3):
         shares = [rank.next_step() for rank in ranks]
         assert all(len(share) == accumulation for share in shares)

@@ -42,9 +42,7 @@ def test_what_a_program_puts_into_builtins_is_not_pythons(monkeypatch: pytest.Mo
     assert not [document for document in builtin_docstrings("builtins") if shout.__doc__ in document]
 
 
-def test_it_is_harvested_once_per_python(
-    docs: Dataset, docs_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_harvested_once_per_python(docs: Dataset, docs_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.data.corpus.python_docs", lambda: pytest.fail("harvested again"))
     assert load_corpus(PythonDocsCorpus(), docs_cache)["text"][:] == docs["text"][:]
     monkeypatch.setattr("training.data.corpus.python_docs", lambda: iter(["another Python's"]))
