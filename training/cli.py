@@ -5,7 +5,11 @@ import os
 import sys
 from pathlib import Path
 
-from routing.errors import UserError
+from training.process import tune_cpu
+
+tune_cpu()  # before anything imports torch
+
+from routing.errors import UserError  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,8 +13,9 @@ from moe.batch import PackedBatch
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
     """Bidirectional `softmax(q k^T / sqrt(C)) v` of each sequence over its own tokens.
 
-    CUDA in half precision uses torch's varlen kernel. Everything else calls scaled-dot-product attention
-    once per sequence, which on a CPU beats padding to the longest one.
+    CUDA in half precision uses torch's varlen kernel. Everything else calls scaled-dot-product attention once per
+    sequence, which on a CPU beats padding to the longest one; there in float32 whatever the dtype, because the
+    backward of torch's bfloat16 kernel takes about twice as long for sequences of a few hundred tokens.
 
     Args:
         q, k, v: `[T, H, C]`, same dtype.
@@ -31,9 +32,13 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Ten
         assert isinstance(out, Tensor)  # a tuple only when extra outputs are asked for
         return out
     lengths = batch.cu_seqlens.diff().tolist() or [0]  # no sequence: one without tokens keeps the graph whole
-    # split and cat, not slices: their backward writes every gradient once instead of adding padded copies.
-    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    return torch.cat([_one_sequence(*part) for part in parts])
+    dtype = q.dtype
+    with torch.autocast(q.device.type, enabled=False):
+        if q.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+            q, k, v = q.float(), k.float(), v.float()
+        # split and cat, not slices: their backward writes every gradient once instead of adding padded copies.
+        parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+        return torch.cat([_one_sequence(*part) for part in parts]).to(dtype)
 
 
 def _one_sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
