@@ -1,7 +1,7 @@
 """The base of every config in the project, and the config of a router.
 
-Configs are frozen pydantic models. A variant is a tagged type (`kind: ...`), never a flag whose meaning
-depends on another flag. An unknown key is refused with the nearest valid one.
+Configs are frozen pydantic models. A variant is a tagged type (`kind: ...`; the default one if it is left out), never a
+flag whose meaning depends on another flag. An unknown key is refused with the nearest valid one.
 """
 
 from difflib import get_close_matches
@@ -35,6 +35,18 @@ class Config(BaseModel):
                     {"key": str(key), "hint": hint, "valid": ", ".join(cls.model_fields)},
                 )
         return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _variant_without_kind_is_the_default_one(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        filled = dict(data)
+        for name, field in cls.model_fields.items():
+            kind = getattr(field.default, "kind", None)
+            if kind is not None and isinstance(filled.get(name), dict):
+                filled[name] = {"kind": kind, **filled[name]}
+        return filled
 
 
 class CapacityConfig(Config):

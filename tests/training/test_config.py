@@ -267,3 +267,11 @@ def test_differences_that_a_resumed_run_may_not_have(
     old: dict[str, Any], new: dict[str, Any], lines: list[str]
 ) -> None:
     assert differences(old, new) == lines
+
+
+def test_a_variant_without_its_kind_is_the_default_one(
+    tiny: dict[str, Any], write_config: Callable[[dict[str, Any]], Path]
+) -> None:
+    del tiny["optimizer"]["schedule"]
+    run = load_run_config(write_config(tiny), ["optimizer.schedule.final=0.5"])
+    assert run.optimizer.schedule == StableSchedule(final=0.5)
