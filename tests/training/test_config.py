@@ -129,7 +129,7 @@ def test_an_unknown_key_is_named_by_its_path_with_the_nearest_valid_one(
             ["model.block.feed_forward: Input tag 'sparse'", "'dense', 'experts'"],
         ),
         ("optimizer.schedule={kind: step}", ["optimizer.schedule: ", "'linear', 'cosine', 'stable'"]),
-        ("data.corpus={files: [a]}", ["data.corpus: Unable to extract tag using discriminator 'kind'"]),
+        ("data.corpus={files: [a]}", ["data.corpus: unknown key 'files': valid keys are kind"]),
         ("model=3", ["model: Input should be a valid dictionary or instance of EncoderConfig (given: 3)"]),
         ("run_dir=", ["run_dir: Input should be a valid string (given: None)"]),
     ],
