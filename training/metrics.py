@@ -9,6 +9,7 @@ from typing import Self
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -139,8 +140,8 @@ def load_image(reports: Mapping[str, RoutingReport]) -> np.ndarray:
 
 def routing_table(routing: Mapping[str, RoutingStats]) -> Table:
     """One row per router, for the console."""
-    table = Table(title="Routing on held-out text", title_justify="left")
-    for heading in ("router", "max/mean", "entropy", "dropped", "dead", "load of each choice, %"):
+    table = Table(title="Routing on held-out text", title_justify="left", box=box.SIMPLE)
+    for heading in ("router", "max/mean", "entropy", "dropped", "dead", "load of each, %"):
         table.add_column(heading, justify="left" if heading == "router" else "right")
     for name, stats in routing.items():
         figures = report(stats)
