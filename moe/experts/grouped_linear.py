@@ -57,9 +57,7 @@ def _zero_tail(grad: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([grad[: int(ends[-1])], torch.zeros_like(grad[int(ends[-1]) :])])
 
 
-def choose_backend(
-    backend: Literal["auto", "loop", "torch"], inputs: int, outputs: int
-) -> tuple[str, GroupedLinear]:
+def choose_backend(backend: Literal["auto", "loop", "torch"], inputs: int, outputs: int) -> tuple[str, GroupedLinear]:
     """Settle the backend once, when a layer is built.
 
     `torch` needs rows of whole 16 bytes in every dtype it may meet, so widths that are multiples of 8; `auto`
