@@ -27,9 +27,9 @@ from routing.types import Routing, RoutingStats, Tokens
 class TokenChoice(nn.Module):
     """Every token takes its `top_k` highest scores (arXiv 1701.06538; Switch, 2101.03961; DeepSeek-V3, 2412.19437).
 
-    Scores are the softmax or the sigmoid of the logits. Gates are the chosen scores, divided by their sum if
-    `renormalize`; with softmax scores that equals a softmax over the chosen logits alone. `probs` are the scores
-    divided by the sum over all choices, so that statistics mean the same for both.
+    Scores are the softmax or the sigmoid of `(x - center) W^T`. Gates are the chosen scores, divided by their sum if
+    `renormalize`; with softmax scores that is a softmax over the chosen logits alone. The sigmoid's `logits` are the
+    logarithms of the scores, so that `probs` are the scores over their sum and statistics mean the same for both.
     """
 
     selection_bias: Tensor | None
@@ -54,19 +54,15 @@ class TokenChoice(nn.Module):
         config = self.config
         logits = self.logits(x)
         with torch.autocast(x.device.type, enabled=False):
-            if config.score == "softmax":
-                scores = probs = logits.softmax(-1)
-            else:
-                scores = logits.sigmoid()
-                # A softmax of log-sigmoids: the share of each score, also where all of them underflow.
-                probs = nn.functional.logsigmoid(logits).softmax(-1)
+            if config.score == "sigmoid":
+                logits = nn.functional.logsigmoid(logits)
+            probs = logits.softmax(-1)
+            scores = probs if config.score == "softmax" else logits.exp()
             choices = self._select(scores.detach())
-            if not config.renormalize:
-                weights = scores.gather(1, choices)
-            elif config.score == "softmax":
-                weights = logits.gather(1, choices).softmax(-1)
+            if config.renormalize:
+                weights = logits.gather(1, choices).softmax(-1)  # scores over their sum, which could underflow
             else:
-                weights = nn.functional.logsigmoid(logits.gather(1, choices)).softmax(-1)
+                weights = scores.gather(1, choices)
             kept, most_kept = self._keep(choices, probs)
             return Routing(logits, probs, choices, weights * kept, kept, most_kept)
 
@@ -162,10 +158,10 @@ class Hash(nn.Module):
         # K different choices: the first by the id's hash, the others by steps that never return to it.
         first = _mix(tokens.ids + (self.config.salt << 32)) % self.num_choices
         choices = (first[:, None] + torch.arange(top, device=x.device)) % self.num_choices
-        probs = torch.zeros(len(choices), self.num_choices, device=x.device).scatter(1, choices, 1 / top)
+        logits = torch.zeros(len(choices), self.num_choices, device=x.device)  # no opinion
         kept = torch.ones_like(choices, dtype=torch.bool)
         weights = torch.full(choices.shape, 1 / top, device=x.device)
-        return Routing(torch.zeros_like(probs), probs, choices, weights, kept, choices.numel())
+        return Routing(logits, logits.softmax(-1), choices, weights, kept, choices.numel())
 
 
 class Learned(nn.Module):

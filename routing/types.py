@@ -23,7 +23,7 @@ class Routing(NamedTuple):
     """Who goes where. A token that takes fewer than K choices has -1 in the places left over."""
 
     logits: Tensor  # [T, E] float32
-    probs: Tensor  # [T, E] float32, the router's opinion: rows sum to 1
+    probs: Tensor  # [T, E] float32, softmax of the logits: the router's opinion
     choices: Tensor  # [T, K] int64, best first; -1: none
     weights: Tensor  # [T, K] float32, differentiable gates, 0 where not kept
     kept: Tensor  # [T, K] bool, False where there is no choice or capacity dropped it
