@@ -1,6 +1,6 @@
 """What routing costs: each router with its statistics against a bare softmax and top-k, and against its expert layer.
 
-`share_of_layer` is the time of router and statistics over that of the whole mixture-of-experts layer with a token-choice
+`share_of_layer` is the time of router and statistics over that of a whole mixture-of-experts layer with a token-choice
 router (d 512, 64 experts of 1024, K 2, T 4096); the target is at most 0.05. `vs_bare` is the same time over that of
 `linear, softmax, topk` and one more pass over the logits (a logsumexp), which any router needs; the target is at most
 1.10 for token choice.
@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from benchmarks.common import Row, arguments, interleaved_seconds, show
 from moe.config import ExpertsConfig
