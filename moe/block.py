@@ -9,7 +9,7 @@ from moe.batch import PackedBatch
 from moe.config import BlockConfig, DenseConfig
 from moe.experts.layer import MoEFeedForward
 from moe.feed_forward import FeedForward
-from routing.types import RoutingStats
+from routing.types import RoutingStats, Tokens
 
 
 class BlockOutput(NamedTuple):
@@ -31,14 +31,16 @@ class EncoderBlock(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, batch: PackedBatch) -> BlockOutput:
+    def forward(self, x: Tensor, batch: PackedBatch, tokens: Tokens) -> BlockOutput:
         """`[T, D]` -> `[T, D]` with the statistics of what was routed."""
         routing: dict[str, RoutingStats] = {}
         mixed, heads = self.attention(self.attention_norm(x), batch)
         if heads is not None:
             routing["heads"] = heads
         x = x + self.dropout(mixed)
-        fed = self.feed_forward(self.feed_forward_norm(x))
-        if isinstance(fed, tuple):
-            fed, routing["experts"] = fed
+        normed = self.feed_forward_norm(x)
+        if isinstance(self.feed_forward, MoEFeedForward):
+            fed, routing["experts"] = self.feed_forward(normed, tokens)
+        else:
+            fed = self.feed_forward(normed)
         return BlockOutput(x + self.dropout(fed), routing)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from routing.config import Config, RouterConfig
+from routing.config import Config, RouterConfig, TokenChoiceConfig
 
 Activation = Literal["gelu", "swiglu", "geglu"]
 
@@ -62,27 +62,23 @@ class ExpertsConfig(Config):
     width: int = Field(default=512, ge=1)  # hidden width of one expert
     activation: Activation = "gelu"
     shared_width: int = Field(default=0, ge=0)  # hidden width of an expert that every token passes; 0: none
-    router: RouterConfig = RouterConfig()
+    router: RouterConfig = TokenChoiceConfig()
     backend: Literal["auto", "loop", "torch"] = "auto"  # see moe/experts/grouped_linear.py
 
     @model_validator(mode="after")
-    def _enough_experts(self) -> "ExpertsConfig":
-        if self.router.top_k > self.count:
-            raise ValueError(
-                f"router.top_k is {self.router.top_k} but count is {self.count}: a token cannot take more "
-                f"experts than there are; set router.top_k to at most {self.count} or raise count"
-            )
+    def _router_serves_them(self) -> "ExpertsConfig":
+        self.router.check(self.count)
         return self
 
     def num_params(self, width: int) -> int:
         return self._params(width, experts=self.count)
 
     def num_active_params(self, width: int) -> int:
-        return self._params(width, experts=self.router.top_k)
+        return self._params(width, experts=self.router.mean_choices(self.count))
 
-    def _params(self, width: int, experts: int) -> int:
-        hidden = experts * self.width + self.shared_width
-        return width * self.count + _hidden_matrices(self.activation) * width * hidden
+    def _params(self, width: int, experts: float) -> int:
+        hidden = round(experts * self.width) + self.shared_width
+        return self.router.num_params(width, self.count) + _hidden_matrices(self.activation) * width * hidden
 
 
 FeedForwardConfig = Annotated[DenseConfig | ExpertsConfig, Field(discriminator="kind")]

@@ -11,7 +11,7 @@ from moe.block import EncoderBlock
 from moe.config import EncoderConfig
 from moe.embeddings import Embeddings
 from moe.experts.layer import MoEFeedForward
-from routing import Router, RoutingStats
+from routing import Router, RoutingStats, Tokens
 
 
 class EncoderOutput(NamedTuple):
@@ -61,12 +61,13 @@ class Encoder(nn.Module):
 
     def _encode(self, ids: Tensor, batch: PackedBatch) -> EncoderOutput:
         x = self.embeddings(ids)
+        tokens = Tokens(ids, batch.cu_seqlens)
         routing: dict[str, RoutingStats] = {}
         for layer, block in enumerate(self.blocks):
             if self.recompute_blocks and torch.is_grad_enabled():
-                x, routed = checkpoint(block, x, batch, use_reentrant=False)
+                x, routed = checkpoint(block, x, batch, tokens, use_reentrant=False)
             else:
-                x, routed = block(x, batch)
+                x, routed = block(x, batch, tokens)
             routing.update({f"{layer}.{kind}": stats for kind, stats in routed.items()})
         return EncoderOutput(self.final_norm(x), routing)
 

@@ -1,27 +1,77 @@
 """routing: decides who goes where. Knows only "E choices", be they experts, heads or exits."""
 
-from routing.balance import updated_selection_bias
-from routing.config import CapacityConfig, Config, RouterConfig, SelectionBiasConfig
-from routing.losses import balance_loss, z_loss
-from routing.router import Router
+from routing.balance import updated_buffers, updated_center, updated_selection_bias
+from routing.config import (
+    CapacityConfig,
+    CentringConfig,
+    Config,
+    ExpertChoiceConfig,
+    GaussianNoiseConfig,
+    GroupLimitConfig,
+    HashConfig,
+    JitterConfig,
+    LearnedConfig,
+    RouterConfig,
+    RoutingLossConfig,
+    SelectionBiasConfig,
+    ThresholdConfig,
+    TokenChoiceConfig,
+)
+from routing.losses import (
+    RoutingTotals,
+    balance_loss,
+    entropy_loss,
+    importance_loss,
+    routing_loss,
+    sequence_balance_loss,
+    totals_of,
+    z_loss,
+)
+from routing.router import ExpertChoice, Hash, Learned, Router, Threshold, TokenChoice, build_router, route
 from routing.stats import RoutingReport, add_stats, load, max_over_mean, report, summarize
-from routing.types import Routing, RoutingStats
+from routing.types import Routing, RoutingStats, Tokens
 
 __all__ = [
     "CapacityConfig",
+    "CentringConfig",
     "Config",
+    "ExpertChoice",
+    "ExpertChoiceConfig",
+    "GaussianNoiseConfig",
+    "GroupLimitConfig",
+    "Hash",
+    "HashConfig",
+    "JitterConfig",
+    "Learned",
+    "LearnedConfig",
     "Router",
     "RouterConfig",
     "Routing",
+    "RoutingLossConfig",
     "RoutingReport",
     "RoutingStats",
+    "RoutingTotals",
     "SelectionBiasConfig",
+    "Threshold",
+    "ThresholdConfig",
+    "TokenChoice",
+    "TokenChoiceConfig",
+    "Tokens",
     "add_stats",
     "balance_loss",
+    "build_router",
+    "entropy_loss",
+    "importance_loss",
     "load",
     "max_over_mean",
     "report",
+    "route",
+    "routing_loss",
+    "sequence_balance_loss",
     "summarize",
+    "totals_of",
+    "updated_buffers",
+    "updated_center",
     "updated_selection_bias",
     "z_loss",
 ]

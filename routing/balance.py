@@ -1,6 +1,10 @@
-"""Loss-free balancing: the selection bias and its update, once per optimizer step."""
+"""What a router has besides parameters, updated once per optimizer step: selection bias and centre."""
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from routing.logits import RouterLogits
+from routing.router import TokenChoice
+from routing.types import RoutingStats
 
 
 def updated_selection_bias(bias: Tensor, assigned: Tensor, rate: float) -> Tensor:
@@ -19,3 +23,40 @@ def updated_selection_bias(bias: Tensor, assigned: Tensor, rate: float) -> Tenso
     # Compare in integers (E * load against the total): exact, where a float mean could miss a tie.
     gap = assigned.sum() - assigned.numel() * assigned
     return bias + rate * gap.sign()
+
+
+def updated_center(center: Tensor, input_sum: Tensor, tokens: Tensor, rate: float) -> Tensor:
+    """Move the running mean of the router's input by `rate` towards the step's mean; stay if it had no token.
+
+    Args:
+        center: `[D]` float32.
+        input_sum: `[D]`, sum of the router's input over the whole optimizer step.
+        tokens: `[]`, how many that were.
+        rate: in (0, 1].
+
+    Returns:
+        `[D]` float32, a new tensor.
+    """
+    mean = input_sum / tokens.clamp(min=1)
+    return center + rate * (tokens > 0) * (mean - center)
+
+
+def updated_buffers(router: nn.Module, stats: RoutingStats) -> list[tuple[Tensor, Tensor]]:
+    """The router's buffers, each with its value for the next optimizer step; for the trainer to copy.
+
+    Args:
+        router: of any kind; those without buffers give none.
+        stats: of the whole optimizer step, over all micro-batches and ranks.
+    """
+    updates = []
+    if isinstance(router, TokenChoice) and router.selection_bias is not None:
+        assert router.config.selection_bias is not None
+        bias, rate = router.selection_bias, router.config.selection_bias.rate
+        updates.append((bias, updated_selection_bias(bias, stats.assigned.to(bias.device), rate)))
+    logits = getattr(router, "logits", None)
+    if isinstance(logits, RouterLogits) and logits.center is not None:
+        assert logits.centring is not None
+        center = logits.center
+        sums, tokens = stats.input_sum.to(center.device), stats.tokens.to(center.device)
+        updates.append((center, updated_center(center, sums, tokens, logits.centring.rate)))
+    return updates

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 
-def slots_per_choice(tokens: int, top_k: int, num_choices: int, factor: float) -> int:
-    """`ceil(factor * K * T / E)`, at least 1 (Switch, arXiv 2101.03961, eq. 3). Shapes alone: no sync."""
+def slots_per_choice(tokens: int, top_k: int, num_choices: int, factor: float, minimum: int = 1) -> int:
+    """`ceil(factor * K * T / E)`, at least `minimum` (Switch, arXiv 2101.03961, eq. 3). Shapes alone: no sync."""
     exact = Fraction(str(factor))  # as a person wrote it: in floats 1.1 * 100 / 10 is more than 11
-    return max(1, ceil(exact * top_k * tokens / num_choices))
+    return max(minimum, ceil(exact * top_k * tokens / num_choices))
 
 
 def keep_within_capacity(

@@ -1,11 +1,11 @@
-"""The base of every config in the project, and the config of a router.
+"""The base of every config in the project, and the configs of routers.
 
 Configs are frozen pydantic models. A variant is a tagged type (`kind: ...`; the default one if it is left out), never a
 flag whose meaning depends on another flag. An unknown key is refused with the nearest valid one.
 """
 
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -52,11 +52,13 @@ class Config(BaseModel):
 class CapacityConfig(Config):
     """How many tokens a choice may take; absent means dropless.
 
-    A choice has `ceil(factor * top_k * tokens / choices)` slots, at least one.
+    A choice has `ceil(factor * top_k * tokens / choices)` slots, at least `minimum`. The tokens are those of one
+    micro-batch on one rank, so with capacity a step's gradient depends on how the step is cut.
     """
 
     train: float = Field(default=1.25, gt=0)
     evaluation: float | None = Field(default=None, gt=0)  # None: dropless at evaluation
+    minimum: int = Field(default=1, ge=1)
     order: Literal["probability", "position"] = "probability"  # who keeps a slot when there are too few
 
 
@@ -66,21 +68,238 @@ class SelectionBiasConfig(Config):
     rate: float = Field(default=1e-3, gt=0)  # step of the bias per optimizer step
 
 
-class RouterConfig(Config):
-    """Softmax token choice: every token takes its `top_k` best choices."""
+class CentringConfig(Config):
+    """Subtract a running mean from the router's input, updated once per optimizer step.
+
+    A direction that all tokens share moves all of them to the same choices; without it they spread.
+    """
+
+    rate: float = Field(default=0.1, gt=0, le=1)  # how far the mean moves to that of the last step
+
+
+class JitterConfig(Config):
+    """Training only: the router's input times uniform(1 - amount, 1 + amount) (Switch, arXiv 2101.03961)."""
+
+    kind: Literal["jitter"] = "jitter"
+    amount: float = Field(default=0.01, gt=0, lt=1)
+
+
+class GaussianNoiseConfig(Config):
+    """Training only: logits plus normal noise of a learned scale (noisy top-k, arXiv 1701.06538, eq. 4)."""
+
+    kind: Literal["gaussian"] = "gaussian"
+
+
+NoiseConfig = Annotated[JitterConfig | GaussianNoiseConfig, Field(discriminator="kind")]
+
+
+class GroupLimitConfig(Config):
+    """A token chooses within its best `chosen` of `count` groups of neighbouring choices (DeepSeek-V3)."""
+
+    count: int = Field(ge=1)
+    chosen: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _some_are_left_out(self) -> "GroupLimitConfig":
+        if self.chosen > self.count:
+            raise ValueError(
+                f"groups.chosen is {self.chosen} but there are {self.count} groups; set groups.chosen to at most "
+                f"{self.count}"
+            )
+        return self
+
+
+class LinearCoefficient(Config):
+    """A coefficient that goes from `start` to `end` over the first `steps` optimizer steps, and stays there."""
+
+    start: float
+    end: float
+    steps: int = Field(ge=1)
+
+
+Coefficient = float | LinearCoefficient
+
+
+class RoutingLossConfig(Config):
+    """Coefficients of a router's auxiliary losses (`routing.losses`); 0 leaves one out. Layers' losses are summed."""
+
+    balance: Coefficient = 0.01
+    z: Coefficient = 0.001
+    importance: Coefficient = 0.0
+    entropy: Coefficient = 0.0
+    sequence_balance: Coefficient = 0.0
+
+
+class TokenChoiceConfig(Config):
+    """Every token takes its `top_k` best choices; or every sequence does, for all of its tokens."""
 
     kind: Literal["token_choice"] = "token_choice"
     top_k: int = Field(default=2, ge=1)
-    renormalize: bool = True  # gates of the chosen sum to 1; otherwise they are the plain probabilities
-    jitter: float = Field(default=0.0, ge=0, lt=1)  # training only: input times uniform(1 - j, 1 + j)
+    scope: Literal["token", "sequence"] = "token"  # sequence: chosen from the mean of its tokens
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: bool = True  # gates of the chosen sum to 1; with softmax this is softmax after selection
+    noise: NoiseConfig | None = None
+    centring: CentringConfig | None = None
+    groups: GroupLimitConfig | None = None
     capacity: CapacityConfig | None = None
     selection_bias: SelectionBiasConfig | None = None
+    losses: RoutingLossConfig = RoutingLossConfig()
 
     @model_validator(mode="after")
-    def _router_must_learn(self) -> "RouterConfig":
+    def _works_together(self) -> "TokenChoiceConfig":
         if self.top_k == 1 and self.renormalize:
             raise ValueError(
                 "top_k: 1 with renormalize: true makes every gate the constant 1, so the router would get no "
                 "gradient from its task; set renormalize: false or top_k: 2 or more"
             )
+        if self.scope == "sequence" and self.capacity is not None:
+            raise ValueError(
+                "scope: sequence with capacity would drop parts of a sequence, and which ones would depend on "
+                "its batch mates; remove capacity or set scope: token"
+            )
         return self
+
+    def check(self, num_choices: int) -> None:
+        """Raise ValueError if this router can't serve `num_choices`."""
+        _check_top_k("top_k", self.top_k, num_choices)
+        if self.groups is None:
+            return
+        count, chosen = self.groups.count, self.groups.chosen
+        if num_choices % count or num_choices // count < 2:
+            raise ValueError(
+                f"router.groups.count is {count}, which doesn't divide {num_choices} choices into groups of at "
+                "least two"
+            )
+        if self.top_k > chosen * (num_choices // count):
+            raise ValueError(
+                f"router.top_k is {self.top_k} but {chosen} groups hold only {chosen * (num_choices // count)} "
+                "choices; raise router.groups.chosen or lower router.top_k"
+            )
+
+    def mean_choices(self, num_choices: int) -> int:
+        return self.top_k
+
+    def num_params(self, width: int, num_choices: int) -> int:
+        return _logits_params(self.noise, width, num_choices)
+
+
+class ExpertChoiceConfig(Config):
+    """Every choice takes its best tokens (arXiv 2202.09368): perfect balance, a varying number per token.
+
+    Of n tokens each choice takes `ceil(factor * n / choices)`, n at most. With `scope: sequence` they compete
+    within their sequence, so that a result never depends on batch mates; with `scope: batch` they do across the
+    micro-batch, so it does, at evaluation too.
+    """
+
+    kind: Literal["expert_choice"] = "expert_choice"
+    factor: float = Field(default=2.0, gt=0)  # choices per token, on average
+    scope: Literal["sequence", "batch"] = "sequence"
+    noise: NoiseConfig | None = None
+    centring: CentringConfig | None = None
+    losses: RoutingLossConfig = RoutingLossConfig(balance=0.0)  # load is balanced by construction
+
+    def check(self, num_choices: int) -> None:
+        """Raise ValueError if this router can't serve `num_choices`."""
+        if self.factor > num_choices:
+            raise ValueError(
+                f"router.factor is {self.factor} but there are only {num_choices} choices to take a token; set "
+                f"router.factor to at most {num_choices}"
+            )
+
+    def mean_choices(self, num_choices: int) -> float:
+        return self.factor
+
+    def num_params(self, width: int, num_choices: int) -> int:
+        return _logits_params(self.noise, width, num_choices)
+
+
+class ThresholdConfig(Config):
+    """A token takes its best choices until their probabilities reach `threshold` (arXiv 2403.07652, eq. 4-5).
+
+    Sure tokens take one, doubtful ones several, at most `max_choices`. Usually goes with an entropy loss, without
+    which the router learns to be doubtful.
+    """
+
+    kind: Literal["threshold"] = "threshold"
+    threshold: float = Field(default=0.5, gt=0, le=1)
+    max_choices: int = Field(default=4, ge=1)
+    noise: NoiseConfig | None = None
+    centring: CentringConfig | None = None
+    losses: RoutingLossConfig = RoutingLossConfig(entropy=1e-4)
+
+    def check(self, num_choices: int) -> None:
+        """Raise ValueError if this router can't serve `num_choices`."""
+        _check_top_k("max_choices", self.max_choices, num_choices)
+
+    def mean_choices(self, num_choices: int) -> int:
+        """The cap: what a token may cost."""
+        return self.max_choices
+
+    def num_params(self, width: int, num_choices: int) -> int:
+        return _logits_params(self.noise, width, num_choices)
+
+
+class HashConfig(Config):
+    """A token's id decides (arXiv 2106.04426): nothing is learnt. The baseline that learning must beat."""
+
+    kind: Literal["hash"] = "hash"
+    top_k: int = Field(default=1, ge=1)
+    salt: int = Field(default=0, ge=0)
+    losses: RoutingLossConfig = RoutingLossConfig(balance=0.0, z=0.0)  # nothing is learnt
+
+    @model_validator(mode="after")
+    def _nothing_to_lose(self) -> "HashConfig":
+        if self.losses != HashConfig.model_fields["losses"].default:
+            raise ValueError("a hash router learns nothing, so no loss can move it; leave losses out")
+        return self
+
+    def check(self, num_choices: int) -> None:
+        """Raise ValueError if this router can't serve `num_choices`."""
+        _check_top_k("top_k", self.top_k, num_choices)
+
+    def mean_choices(self, num_choices: int) -> int:
+        return self.top_k
+
+    def num_params(self, width: int, num_choices: int) -> int:
+        return 0
+
+
+class LearnedConfig(Config):
+    """One learned weight per choice, whatever the input: all tokens take the same `top_k`.
+
+    `straight_through`: gates are `1 / top_k` and the gradient is that of the softmax weights; `softmax`: gates
+    are the softmax weights themselves.
+    """
+
+    kind: Literal["learned"] = "learned"
+    top_k: int = Field(default=2, ge=1)
+    gates: Literal["straight_through", "softmax"] = "straight_through"
+    losses: RoutingLossConfig = RoutingLossConfig(balance=0.0)  # one opinion for all tokens can't be balanced
+
+    def check(self, num_choices: int) -> None:
+        """Raise ValueError if this router can't serve `num_choices`."""
+        _check_top_k("top_k", self.top_k, num_choices)
+
+    def mean_choices(self, num_choices: int) -> int:
+        return self.top_k
+
+    def num_params(self, width: int, num_choices: int) -> int:
+        return num_choices
+
+
+RouterConfig = Annotated[
+    TokenChoiceConfig | ExpertChoiceConfig | ThresholdConfig | HashConfig | LearnedConfig,
+    Field(discriminator="kind"),
+]
+
+
+def _check_top_k(name: str, top_k: int, num_choices: int) -> None:
+    if top_k > num_choices:
+        raise ValueError(
+            f"router.{name} is {top_k} but there are only {num_choices} choices; set router.{name} to at most "
+            f"{num_choices} or raise the number of choices"
+        )
+
+
+def _logits_params(noise: JitterConfig | GaussianNoiseConfig | None, width: int, num_choices: int) -> int:
+    return width * num_choices * (2 if isinstance(noise, GaussianNoiseConfig) else 1)

@@ -1,46 +1,139 @@
 """Auxiliary losses: pure functions of RoutingStats. Shape legend in `routing/types.py`.
 
-Each returns a shard's share of the loss of a larger set of tokens when it is given that set's totals, so that
-the shares of all ranks add up to the loss, and their gradients to its gradient.
+Each returns a shard's share of the loss of a larger set of tokens when it is given that set's totals, so that the
+shares of all ranks and micro-batches add up to the loss, and their gradients to its gradient. Without totals the shard
+is the whole set. None is scaled by its coefficient, except in `routing_loss`.
 """
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
+from routing.config import LinearCoefficient, RoutingLossConfig
 from routing.stats import load
 from routing.types import RoutingStats
 
 
-def balance_loss(stats: RoutingStats, assigned: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
+class RoutingTotals(NamedTuple):
+    """Of the set of tokens that a shard belongs to: an optimizer step, over all its micro-batches and ranks.
+
+    `assigned` and `prob_sum` are known only after the forward pass, so under gradient accumulation they may be those of
+    the current micro-batch over all ranks; `balance_loss` and `importance_loss` say what that means.
+    """
+
+    assigned: Tensor  # [E] int64
+    prob_sum: Tensor  # [E] float32
+    tokens: Tensor  # [] int64
+    sequences: Tensor  # [] int64
+
+
+def totals_of(stats: RoutingStats) -> RoutingTotals:
+    """The totals of a shard that is the whole set."""
+    return RoutingTotals(stats.assigned, stats.prob_sum.detach(), stats.tokens, stats.sequences)
+
+
+def balance_loss(stats: RoutingStats, totals: RoutingTotals | None = None) -> Tensor:
     """Load-balancing loss `E * sum_e f_e P_e` (Switch, arXiv 2101.03961, eq. 4-6; GShard).
 
-    `f_e` is the share of assignments that choice e got (before capacity, sums to 1 whatever K) and `P_e` its
-    mean probability. Uniform routing gives 1, for every K and E. The gradient flows through `P_e` only.
+    `f_e` is the share of assignments that choice e got (before capacity, sums to 1 whatever K) and `P_e` its mean
+    probability. Uniform routing gives 1, for every K and E. The gradient flows through `P_e` only.
 
-    The product makes it non-additive over micro-batches: exact across ranks when `assigned` and `tokens` are
-    summed over them; under gradient accumulation the trainer sums the shares of its micro-batches, each with
-    its own `f_e`, which differs from one large batch by `E * cov(f_e, P_e)` over micro-batches.
-
-    Args:
-        stats: of this shard.
-        assigned: `[E]` int64, of the whole set the shard belongs to; default: the shard's own.
-        tokens: `[]`, number of tokens to divide by; default: the shard's own.
+    With the step's totals it is exact. With `assigned` of the current micro-batch, the step's loss is the mean of the
+    micro-batches' own losses, weighted by tokens: larger by `E * sum_e cov(f_e, P_e)`, the covariance over them.
 
     Returns:
-        `[]` float32, not yet scaled by its coefficient (usually 1e-2).
+        `[]` float32; its coefficient is usually 1e-2.
     """
-    share = load(stats.assigned if assigned is None else assigned)
-    count = (stats.tokens if tokens is None else tokens).clamp(min=1)
-    return share.numel() * (share * stats.prob_sum).sum() / count
+    totals = totals or totals_of(stats)
+    share = load(totals.assigned)
+    return share.numel() * (share * stats.prob_sum).sum() / totals.tokens.clamp(min=1)
 
 
-def z_loss(stats: RoutingStats, tokens: Tensor | None = None) -> Tensor:
+def importance_loss(stats: RoutingStats, totals: RoutingTotals | None = None) -> Tensor:
+    """Squared coefficient of variation of the choices' importance, `(std / mean)^2` of `sum_t probs_te`.
+
+    arXiv 1701.06538, eq. 6-7, with the probabilities of all choices as V-MoE has it (2106.05974, appendix A): it
+    balances what the router wants, not what it gets. 0 for uniform importance.
+
+    With the step's totals it is exact. With `prob_sum` of the current micro-batch, the step's loss is the mean of the
+    micro-batches' own losses, weighted by tokens.
+
+    Returns:
+        `[]` float32; its coefficient is usually 1e-2.
+    """
+    totals = totals or totals_of(stats)
+    whole, own = totals.prob_sum.detach(), stats.prob_sum
+    mean = whole.mean().clamp(min=torch.finfo(whole.dtype).tiny)
+    value = whole.var(unbiased=False) / mean.square()
+    # (std/mean)^2 isn't additive, but its gradient is linear in the shards' parts: here is the derivative by hand. It
+    # doesn't change when the importance is scaled, so a micro-batch's share of the tokens weighs it.
+    weight = whole.sum() / totals.tokens.clamp(min=1)
+    slope = 2 * ((whole - mean) / mean.square() - value / mean) / whole.numel()
+    share = stats.tokens / totals.tokens.clamp(min=1)
+    return value * share + weight * (slope * (own - own.detach())).sum()
+
+
+def entropy_loss(stats: RoutingStats, totals: RoutingTotals | None = None) -> Tensor:
+    """Mean entropy of a token's probabilities, in nats. Additive, so exact however a step is cut.
+
+    A positive coefficient makes the router sure of itself (arXiv 2403.07652, eq. 6), a negative one keeps it open.
+    """
+    totals = totals or totals_of(stats)
+    return stats.entropy_sum / totals.tokens.clamp(min=1)
+
+
+def z_loss(stats: RoutingStats, totals: RoutingTotals | None = None) -> Tensor:
     """Router z-loss, the mean of `logsumexp(logits)^2` (ST-MoE, arXiv 2202.08906, eq. 5). Additive, so exact.
 
-    Args:
-        stats: of this shard.
-        tokens: `[]`, number of tokens to divide by; default: the shard's own.
+    Returns:
+        `[]` float32; its coefficient is usually 1e-3.
+    """
+    totals = totals or totals_of(stats)
+    return stats.lse_sq_sum / totals.tokens.clamp(min=1)
+
+
+def sequence_balance_loss(stats: RoutingStats, totals: RoutingTotals | None = None) -> Tensor:
+    """Mean over sequences of `E * sum_e f_e P_e` within the sequence (DeepSeek-V3, arXiv 2412.19437, eq. 17-20).
+
+    Additive, so exact however a step is cut. It forbids a sequence to keep to a few choices, which costs
+    specialisation: keep its coefficient small (1e-4). Needs statistics from `summarize` with `cu_seqlens`.
+    """
+    totals = totals or totals_of(stats)
+    return stats.sequence_balance_sum / totals.sequences.clamp(min=1)
+
+
+LOSSES = {
+    "balance": balance_loss,
+    "z": z_loss,
+    "importance": importance_loss,
+    "entropy": entropy_loss,
+    "sequence_balance": sequence_balance_loss,
+}
+
+
+def routing_loss(
+    stats: RoutingStats, config: RoutingLossConfig, totals: RoutingTotals | None = None, step: int = 0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum of one router's losses, each times its coefficient at `step`.
 
     Returns:
-        `[]` float32, not yet scaled by its coefficient (usually 1e-3).
+        The loss `[]`, and the losses whose coefficient is configured, detached and unscaled.
     """
-    return stats.lse_sq_sum / (stats.tokens if tokens is None else tokens).clamp(min=1)
+    total = stats.prob_sum.new_zeros(())
+    parts = {}
+    for name, loss in LOSSES.items():
+        coefficient = getattr(config, name)
+        if coefficient != 0:
+            value = loss(stats, totals)
+            parts[name] = value.detach()
+            total = total + coefficient_at(coefficient, step) * value
+    return total, parts
+
+
+def coefficient_at(coefficient: float | LinearCoefficient, step: int) -> float:
+    """A coefficient's value at an optimizer step (0-based)."""
+    if isinstance(coefficient, LinearCoefficient):
+        progress = min(1.0, step / coefficient.steps)
+        return coefficient.start + progress * (coefficient.end - coefficient.start)
+    return coefficient

@@ -1,95 +1,249 @@
-"""Router: token representations -> Routing. Shape legend in `routing/types.py`."""
+"""Routers: token representations -> Routing. Shape legend in `routing/types.py`.
+
+Each kind is a module with the same call, `router(x, tokens) -> Routing`; `build_router` makes the one that a config
+names. Arithmetic is float32 whatever the dtype of `x` and under autocast. `forward` mutates nothing: the selection
+bias and the centre are updated from outside, once per optimizer step (`routing.balance`).
+"""
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from routing.capacity import keep_within_capacity, slots_per_choice
-from routing.config import RouterConfig
-from routing.types import Routing
+from routing.config import (
+    ExpertChoiceConfig,
+    HashConfig,
+    LearnedConfig,
+    RouterConfig,
+    ThresholdConfig,
+    TokenChoiceConfig,
+)
+from routing.logits import INIT_SCALE, RouterLogits
+from routing.selection import best_within_sequences, limit_to_groups, top_k
+from routing.sequences import sequence_means, sequence_of_token
+from routing.stats import summarize
+from routing.types import Routing, RoutingStats, Tokens
 
-# A tenth of the usual variance 1/D, so that routing starts near uniform and trains stably
-# (Switch, arXiv 2101.03961, section 2.4).
-INIT_SCALE = 0.1
 
+class TokenChoice(nn.Module):
+    """Every token takes its `top_k` highest scores (arXiv 1701.06538; Switch, 2101.03961; DeepSeek-V3, 2412.19437).
 
-class Router(nn.Module):
-    """Softmax top-k router over `num_choices` experts, heads or exits.
-
-    `probs = softmax(x W^T)`; the `top_k` highest are chosen (Shazeer et al. 2017, arXiv 1701.06538, without
-    its noise). All arithmetic is float32 whatever the dtype of `x` and under autocast. `forward` mutates
-    nothing: the selection bias is updated from outside, once per optimizer step (`routing.balance`).
-
-    Args:
-        config: see `RouterConfig`.
-        width: D.
-        num_choices: E.
-
-    Raises:
-        ValueError: if `top_k` exceeds `num_choices`.
+    Scores are the softmax or the sigmoid of `(x - center) W^T`. Gates are the chosen scores, divided by their sum if
+    `renormalize`; with softmax scores that is a softmax over the chosen logits alone. The sigmoid's `logits` are the
+    logarithms of the scores, so that `probs` are the scores over their sum and statistics mean the same for both.
     """
 
     selection_bias: Tensor | None
 
-    def __init__(self, config: RouterConfig, width: int, num_choices: int) -> None:
+    def __init__(self, config: TokenChoiceConfig, width: int, num_choices: int) -> None:
         super().__init__()
-        if config.top_k > num_choices:
-            raise ValueError(
-                f"router top_k is {config.top_k} but there are only {num_choices} choices; "
-                f"set top_k to at most {num_choices}"
-            )
         self.config = config
-        self.num_choices = num_choices
-        self.weight = nn.Parameter(torch.empty(num_choices, width))
+        self.logits = RouterLogits(width, num_choices, config.noise, config.centring)
         bias = torch.zeros(num_choices) if config.selection_bias else None
         self.register_buffer("selection_bias", bias)
-        self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Truncated normal with deviation `sqrt(0.1 / D)` (Switch, section 2.4)."""
-        std = (INIT_SCALE / self.weight.shape[1]) ** 0.5
-        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+    def forward(self, x: Tensor, tokens: Tokens) -> Routing:
+        """`[T, D]` of any floating dtype -> Routing with K = `top_k`."""
+        if self.config.scope == "token":
+            return self._route(x)
+        # Chosen once per sequence and handed to its tokens; then counts are of tokens, as everywhere.
+        routing = self._route(sequence_means(x, tokens.cu_seqlens))
+        sequence = sequence_of_token(tokens.cu_seqlens, x.shape[0])
+        return _for_tokens(routing, sequence)
 
-    def forward(self, x: Tensor) -> Routing:
-        """Route tokens.
-
-        Args:
-            x: `[T, D]`, any floating dtype.
-
-        Returns:
-            Routing with K = `top_k`.
-        """
+    def _route(self, x: Tensor) -> Routing:
+        config = self.config
+        logits = self.logits(x)
         with torch.autocast(x.device.type, enabled=False):
-            x = x.float()
-            if self.training and self.config.jitter > 0:
-                x = x * torch.empty_like(x).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
-            logits = F.linear(x, self.weight.float())
+            if config.score == "sigmoid":
+                logits = nn.functional.logsigmoid(logits)
             probs = logits.softmax(-1)
-            choices = self._select(probs)
-            if self.config.renormalize:
-                # softmax over the chosen: equal to dividing by their sum, which may underflow to 0
-                weights = logits.gather(1, choices).softmax(-1)
+            scores = probs if config.score == "softmax" else logits.exp()
+            choices = self._select(scores.detach())
+            if config.renormalize:
+                weights = logits.gather(1, choices).softmax(-1)  # scores over their sum, which could underflow
             else:
-                weights = probs.gather(1, choices)
-            kept = self._keep(choices, probs)
-            return Routing(logits, probs, choices, weights * kept, kept)
+                weights = scores.gather(1, choices)
+            kept, most_kept = self._keep(choices, probs)
+            return Routing(logits, probs, choices, weights * kept, kept, most_kept)
 
-    def _select(self, probs: Tensor) -> Tensor:
-        scores = probs.detach()
+    def _select(self, scores: Tensor) -> Tensor:
         if self.selection_bias is not None:
             scores = scores + self.selection_bias.float()
-        return scores.topk(self.config.top_k, dim=-1).indices
+        if self.config.groups is not None:
+            scores = limit_to_groups(scores, self.config.groups.count, self.config.groups.chosen)
+        return top_k(scores, self.config.top_k)
 
-    def _keep(self, choices: Tensor, probs: Tensor) -> Tensor:
+    def _keep(self, choices: Tensor, probs: Tensor) -> tuple[Tensor, int]:
         everything = torch.ones_like(choices, dtype=torch.bool)
         capacity = self.config.capacity
-        if capacity is None:
-            return everything
-        factor = capacity.train if self.training else capacity.evaluation
-        if factor is None:
-            return everything
-        slots = slots_per_choice(choices.shape[0], self.config.top_k, self.num_choices, factor)
-        return keep_within_capacity(choices, probs, slots, capacity.order)
+        factor = None
+        if capacity is not None:
+            factor = capacity.train if self.training else capacity.evaluation
+        if capacity is None or factor is None:
+            return everything, choices.numel()
+        tokens, num_choices = probs.shape
+        slots = slots_per_choice(tokens, self.config.top_k, num_choices, factor, capacity.minimum)
+        kept = keep_within_capacity(choices, probs, slots, capacity.order)
+        return kept, min(choices.numel(), slots * num_choices)
 
-    def extra_repr(self) -> str:
-        return f"width={self.weight.shape[1]}, num_choices={self.num_choices}, top_k={self.config.top_k}"
+
+class ExpertChoice(nn.Module):
+    """Every choice takes its best tokens (arXiv 2202.09368, eq. 1-2), so load is perfectly balanced.
+
+    Gates are the plain probabilities. A token may be taken by none, and then passes through the residual alone.
+    """
+
+    def __init__(self, config: ExpertChoiceConfig, width: int, num_choices: int) -> None:
+        super().__init__()
+        self.config = config
+        self.logits = RouterLogits(width, num_choices, config.noise, config.centring)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Routing:
+        """`[T, D]` of any floating dtype -> Routing; K is E, or less where that costs no wait for a GPU."""
+        logits = self.logits(x)
+        count, num_choices = logits.shape
+        with torch.autocast(x.device.type, enabled=False):
+            probs = logits.softmax(-1)
+            whole = torch.tensor([0, count], dtype=torch.int32, device=x.device)
+            bounds = tokens.cu_seqlens if self.config.scope == "sequence" else whole
+            taken = best_within_sequences(probs.detach(), bounds, self.config.factor)
+            # From who takes a token to what a token takes: its takers by probability, then nobody.
+            widest = num_choices if x.is_cuda else int(taken.sum(1).max()) if count else 0
+            ranked = top_k(probs.detach().masked_fill(~taken, -1.0), max(1, widest))
+            kept = taken.gather(1, ranked)
+            weights = probs.gather(1, ranked) * kept
+            choices = ranked.masked_fill(~kept, -1)
+            # Rounding up gives every sequence at most one token more per choice than its exact share.
+            sequences = bounds.shape[0] - 1
+            bound = int(self.config.factor * count) + num_choices * sequences
+            return Routing(logits, probs, choices, weights, kept, min(bound, choices.numel()))
+
+
+class Threshold(nn.Module):
+    """A token takes its best choices until their probabilities reach a threshold (arXiv 2403.07652, eq. 4-5).
+
+    Gates are the plain probabilities.
+    """
+
+    def __init__(self, config: ThresholdConfig, width: int, num_choices: int) -> None:
+        super().__init__()
+        self.config = config
+        self.logits = RouterLogits(width, num_choices, config.noise, config.centring)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Routing:
+        """`[T, D]` of any floating dtype -> Routing with K = `max_choices`."""
+        logits = self.logits(x)
+        with torch.autocast(x.device.type, enabled=False):
+            probs = logits.softmax(-1)
+            ranked = top_k(probs.detach(), self.config.max_choices)
+            chosen = probs.gather(1, ranked)
+            before = chosen.detach().cumsum(-1) - chosen.detach()
+            kept = before < self.config.threshold
+            kept[:, 0] = True
+            choices = ranked.masked_fill(~kept, -1)
+            return Routing(logits, probs, choices, chosen * kept, kept, choices.numel())
+
+
+class Hash(nn.Module):
+    """A token's id decides (arXiv 2106.04426). Gates are `1 / top_k`; there is nothing to learn."""
+
+    def __init__(self, config: HashConfig, width: int, num_choices: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_choices = num_choices
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Routing:
+        """`[T, D]` (its values don't matter) -> Routing with K = `top_k`."""
+        top = self.config.top_k
+        # K different choices: the first by the id's hash, the others by steps that never return to it.
+        first = _mix(tokens.ids + (self.config.salt << 32)) % self.num_choices
+        choices = (first[:, None] + torch.arange(top, device=x.device)) % self.num_choices
+        logits = torch.zeros(len(choices), self.num_choices, device=x.device)  # no opinion
+        kept = torch.ones_like(choices, dtype=torch.bool)
+        weights = torch.full(choices.shape, 1 / top, device=x.device)
+        return Routing(logits, logits.softmax(-1), choices, weights, kept, choices.numel())
+
+
+class Learned(nn.Module):
+    """One learned weight per choice, whatever the input; all tokens take the same choices.
+
+    With `straight_through` the gates are `1 / top_k` forward and the softmax weights backward, so that a choice's
+    weight learns from what the choice contributed.
+    """
+
+    def __init__(self, config: LearnedConfig, width: int, num_choices: int) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(num_choices))
+        nn.init.normal_(self.weight, std=INIT_SCALE)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Routing:
+        """`[T, D]` (its values don't matter) -> Routing with K = `top_k`."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = self.weight.float()[None]
+            probs = logits.softmax(-1)
+            choices = top_k(probs.detach(), self.config.top_k)
+            weights = probs.gather(1, choices)
+            if self.config.gates == "straight_through":
+                weights = 1 / self.config.top_k + weights - weights.detach()
+            kept = torch.ones_like(choices, dtype=torch.bool)
+            everybody = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+            return _for_tokens(Routing(logits, probs, choices, weights, kept, choices.numel()), everybody)
+
+
+Router = TokenChoice | ExpertChoice | Threshold | Hash | Learned
+
+
+def build_router(config: RouterConfig, width: int, num_choices: int) -> Router:
+    """The router that a config names.
+
+    Args:
+        config: any kind of `RouterConfig`.
+        width: D.
+        num_choices: E.
+
+    Raises:
+        ValueError: if it can't serve `num_choices`.
+    """
+    config.check(num_choices)
+    match config:
+        case TokenChoiceConfig():
+            return TokenChoice(config, width, num_choices)
+        case ExpertChoiceConfig():
+            return ExpertChoice(config, width, num_choices)
+        case ThresholdConfig():
+            return Threshold(config, width, num_choices)
+        case HashConfig():
+            return Hash(config, width, num_choices)
+        case LearnedConfig():
+            return Learned(config, width, num_choices)
+
+
+def route(router: Router, x: Tensor, tokens: Tokens) -> tuple[Routing, RoutingStats]:
+    """Decide, and sum up what the router's own losses and updates need.
+
+    Args:
+        router: of any kind.
+        x: `[T, D]`, any floating dtype.
+        tokens: the same T tokens.
+    """
+    routing = router(x, tokens)
+    in_sequence = router.config.losses.sequence_balance != 0
+    logits = getattr(router, "logits", None)
+    centred = isinstance(logits, RouterLogits) and logits.center is not None
+    return routing, summarize(routing, tokens.cu_seqlens if in_sequence else None, x if centred else None)
+
+
+def _for_tokens(routing: Routing, row: Tensor) -> Routing:
+    """Hand decisions made for fewer rows to tokens: `row [T]` says whose each token follows."""
+    logits, probs, choices, weights, kept, _ = routing
+    most_kept = row.numel() * choices.shape[1]
+    return Routing(logits[row], probs[row], choices[row], weights[row], kept[row], most_kept)
+
+
+def _mix(ids: Tensor) -> Tensor:
+    """A non-negative hash of int64 ids, the same on every device: two rounds of multiply and shift."""
+    mixed = ids
+    for _ in range(2):
+        mixed = (mixed ^ (mixed >> 31)) * 0x5851F42D4C957F2D
+    return (mixed >> 33) & 0x3FFFFFFF

@@ -6,25 +6,50 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from routing.sequences import sequence_sums
 from routing.types import Routing, RoutingStats
 
 
-def summarize(routing: Routing) -> RoutingStats:
-    """Sum a routing over its tokens. Counts are exact integers, so no order of summation changes them."""
-    logits, probs, choices, _, kept = routing
+def summarize(routing: Routing, cu_seqlens: Tensor | None = None, centred_input: Tensor | None = None) -> RoutingStats:
+    """Sum a routing over its tokens. Counts are exact integers, so no order of summation changes them.
+
+    Args:
+        routing: of T tokens.
+        cu_seqlens: `[B+1]`, if the balance within each sequence is wanted (`sequence_balance_loss`).
+        centred_input: `[T, D]`, the router's input, if its mean is (`CentringConfig`).
+    """
+    logits, probs, choices, _, kept, _ = routing
     tokens, num_choices = logits.shape
-    flat = choices.reshape(-1)
-    zeros = torch.zeros(num_choices, dtype=torch.int64, device=logits.device)
+    chosen = choices >= 0
+    flat = choices.clamp(min=0).reshape(-1)
+    none = torch.zeros(num_choices, dtype=torch.int64, device=logits.device)
     lse = logits.logsumexp(-1)
-    entropy = lse.detach() - (probs * logits).detach().sum(-1)
+    zero = lse.new_zeros(())
+    balance, sequences = zero, none.sum()
+    if cu_seqlens is not None:
+        balance = _sequence_balance(probs, choices, cu_seqlens)
+        sequences = (cu_seqlens.diff() > 0).sum()
     return RoutingStats(
         prob_sum=probs.sum(0),
-        assigned=zeros.scatter_add(0, flat, torch.ones_like(flat)),
-        dropped=zeros.scatter_add(0, flat, (~kept).reshape(-1).long()),
+        assigned=none.scatter_add(0, flat, chosen.reshape(-1).long()),
+        dropped=none.scatter_add(0, flat, (chosen & ~kept).reshape(-1).long()),
         lse_sq_sum=lse.square().sum(),
-        entropy_sum=entropy.sum(),
+        # -sum p log p, with log p = logit - logsumexp: a dot product instead of another pass of logarithms
+        entropy_sum=lse.sum() - torch.dot(probs.reshape(-1), logits.reshape(-1)),
         tokens=torch.full((), tokens, dtype=torch.int64, device=logits.device),
+        sequence_balance_sum=balance,
+        sequences=sequences,
+        input_sum=zero.new_zeros(0) if centred_input is None else centred_input.detach().float().sum(0),
     )
+
+
+def _sequence_balance(probs: Tensor, choices: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sum over sequences of `E * sum_e f_e P_e`, each with its own shares and mean probabilities."""
+    wanted = torch.zeros_like(probs).scatter_add(1, choices.clamp(min=0), (choices >= 0).to(probs.dtype))
+    counts = sequence_sums(wanted, cu_seqlens)
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    means = sequence_sums(probs, cu_seqlens) / cu_seqlens.diff().clamp(min=1)[:, None]
+    return probs.shape[1] * (shares * means).sum()
 
 
 def add_stats(parts: Iterable[RoutingStats]) -> RoutingStats:

@@ -6,7 +6,7 @@ from moe.config import ExpertsConfig
 from moe.experts.dispatch import Dispatcher, LocalDispatcher
 from moe.experts.experts import Experts
 from moe.feed_forward import FeedForward
-from routing import Router, RoutingStats, summarize
+from routing import RoutingStats, Tokens, build_router, route
 
 
 class MoEFeedForward(nn.Module):
@@ -17,17 +17,17 @@ class MoEFeedForward(nn.Module):
 
     def __init__(self, config: ExpertsConfig, width: int) -> None:
         super().__init__()
-        self.router = Router(config.router, width, config.count)
+        self.router = build_router(config.router, width, config.count)
         self.experts = Experts(config, width)
         shared = config.shared_width
         self.shared = FeedForward(width, shared, config.activation) if shared else None
         self.dispatcher: Dispatcher = LocalDispatcher()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RoutingStats]:
+    def forward(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, RoutingStats]:
         """`[T, D]` -> `[T, D]` and the router's statistics."""
-        routing = self.router(x)
+        routing, stats = route(self.router, x, tokens)
         rows, plan = self.dispatcher.dispatch(x, routing)
         y = self.dispatcher.combine(self.experts(rows, plan.ends), plan, routing.weights)
         if self.shared is not None:
             y = y + self.shared(x)
-        return y, summarize(routing)
+        return y, stats

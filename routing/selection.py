@@ -1,0 +1,97 @@
+"""Who is chosen: the highest scores of each token, with ties broken the same way on every device.
+
+Shape legend in `routing/types.py`; G groups of choices.
+"""
+
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from routing.sequences import sequence_of_token
+
+# Up to so many rounds of argmax beat one top-k kernel (`python -m benchmarks.router` prints both).
+_ROUNDS = 4
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Indices of the `k` highest scores of each row, best first, equal ones by lowest index.
+
+    `torch.topk` leaves the order of equal scores open, so it may differ between devices.
+
+    Args:
+        scores: `[T, E]` float32, without NaN; detached.
+        k: 1 to E.
+
+    Returns:
+        `[T, k]` int64.
+    """
+    if k <= _ROUNDS:
+        remaining = scores if k == 1 else scores.clone()
+        rounds = []
+        for i in range(k):
+            best = remaining.argmax(-1, keepdim=True)  # the first of equal ones
+            rounds.append(best)
+            if i + 1 < k:
+                remaining.scatter_(1, best, -torch.inf)
+        return torch.cat(rounds, dim=1)
+    return _ordered_keys(scores).topk(k, dim=-1).indices
+
+
+def limit_to_groups(scores: Tensor, groups: int, chosen: int) -> Tensor:
+    """Leave a token only its best `chosen` of `groups` groups of neighbouring choices, `-inf` elsewhere.
+
+    A group's score is the sum of its two highest (DeepSeek-V3, arXiv 2412.19437, section 2.1.2: with one group
+    per node, a token travels to at most `chosen` nodes).
+
+    Args:
+        scores: `[T, E]`, detached.
+        groups: G, dividing E into groups of at least two.
+        chosen: 1 to G.
+
+    Returns:
+        `[T, E]`.
+    """
+    grouped = scores.view(scores.shape[0], groups, -1)
+    best_two = grouped.gather(-1, top_k(grouped.flatten(0, 1), 2).view(*grouped.shape[:2], 2))
+    open_groups = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=scores.device)
+    open_groups.scatter_(1, top_k(best_two.sum(-1), chosen), True)
+    return grouped.masked_fill(~open_groups[:, :, None], -torch.inf).view_as(scores)
+
+
+def _ordered_keys(scores: Tensor) -> Tensor:
+    """int64 keys in the order of the float32 scores, all different: the lower index wins a tie."""
+    # Flipping a negative float's other bits makes float order integer order; adding 0.0 makes -0.0 equal 0.0.
+    bits = (scores + 0.0).contiguous().view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    countdown = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
+    return (ordered.long() << 32) | countdown
+
+
+def best_within_sequences(scores: Tensor, cu_seqlens: Tensor, factor: float) -> Tensor:
+    """Each choice takes the highest scores among a sequence's n tokens, `ceil(factor * n / E)` of them.
+
+    Equal scores go to the earlier token.
+
+    Args:
+        scores: `[T, E]` float32, not negative, detached.
+        cu_seqlens: `[B+1]`.
+        factor: choices per token on average.
+
+    Returns:
+        `[T, E]` bool, true where the choice takes the token.
+    """
+    tokens, num_choices = scores.shape
+    sequence = sequence_of_token(cu_seqlens, tokens)
+    lengths = cu_seqlens.diff().long()
+    # One stable sort of integers orders by sequence first, then by falling score: a float that isn't negative
+    # has bits in its own order.
+    falling = 0x7FFFFFFF - (scores + 0.0).t().contiguous().view(torch.int32).long()
+    order = ((sequence << 32) | falling).argsort(dim=1, stable=True)  # [E, T]
+    # Sorting by sequence leaves every sequence's tokens in its own stretch.
+    rank = torch.arange(tokens, device=scores.device) - cu_seqlens.long()[sequence]
+    exact = Fraction(str(factor)) / num_choices  # whole numbers only: no rounding decides who is taken
+    slots = -(-lengths * exact.numerator // exact.denominator)
+    wins = rank < slots[sequence]  # [T] by place in the sorted order
+    taken = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, wins.expand_as(order))
+    return taken.t()

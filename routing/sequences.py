@@ -1,0 +1,22 @@
+"""Reductions within packed sequences. Shape legend in `routing/types.py`."""
+
+import torch
+from torch import Tensor
+
+
+def sequence_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """The sequence that each token belongs to, `[T]` int64. The token count is passed so as not to wait for it."""
+    lengths = cu_seqlens.diff().long()
+    return torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths, output_size=tokens)
+
+
+def sequence_sums(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sum of `[T, C]` within each sequence: `[B, C]`, zero for an empty one."""
+    sequence = sequence_of_token(cu_seqlens, x.shape[0])
+    return x.new_zeros(cu_seqlens.shape[0] - 1, x.shape[1]).index_add(0, sequence, x)
+
+
+def sequence_means(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Mean of `[T, C]` within each sequence, in float32: `[B, C]`, zero for an empty one."""
+    lengths = cu_seqlens.diff().clamp(min=1)
+    return sequence_sums(x.float(), cu_seqlens) / lengths[:, None]
