@@ -19,6 +19,7 @@ from benchmarks.common import Row, arguments, show
 from routing import RoutingStats, add_stats, max_over_mean
 from routing.logits import RouterLogits
 from training.config import RunConfig
+from training.data.prepare import prepare
 from training.engine import Ranks, start_processes, stop_processes
 from training.pretrain import assemble
 from training.step import train_step
@@ -78,7 +79,7 @@ def train_arm(name: str, steps: int, ranks: Ranks) -> tuple[Row, list[float]]:
     """Train one arm; return its row and the worst layer's load of each step."""
     with TemporaryDirectory() as folder:
         run = run_config(ARMS[name], steps, folder)
-        parts = assemble(run, ranks)
+        parts = assemble(run, prepare(run.data), ranks)
     if name == "centring by the batch mean":
         for router in parts.engine.module.encoder.routers().values():
             router.logits.__class__ = BatchCentred

@@ -13,10 +13,11 @@ from training.data.config import DataConfig
 
 
 class ObjectiveConfig(Config):
-    """Masked language modelling, and what the routers are asked for beside it."""
+    """Masked language modelling, and the routers' own losses, whose coefficients stand with each router."""
 
-    balance: float = Field(default=0.01, ge=0)  # coefficient of the load-balancing loss, summed over layers
-    z: float = Field(default=0.001, ge=0)  # coefficient of the router z-loss, summed over layers
+    # Counts that the balance and importance losses use under gradient accumulation: those of the current micro-batch
+    # over all ranks, or those of the whole step, which is exact and costs one more forward pass.
+    routing_totals: Literal["micro_batch", "step"] = "micro_batch"
 
 
 class LinearSchedule(Config):

@@ -68,7 +68,7 @@ def train(
             lr = run.optimizer.lr * learning_rate_factor(run.optimizer.schedule, state.step, max_steps)
             for group in engine.optimizer.param_groups:
                 group["lr"] = lr
-            result = train_step(engine, stream.next_step(), run.objective, ranks, request.asked)
+            result = train_step(engine, stream.next_step(), run.objective, ranks, state.step, request.asked)
             loss = result.parts["masked_lm"]
             state = state._replace(
                 step=state.step + 1,

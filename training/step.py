@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from moe.batch import to_device
-from moe.heads import MaskedLM, MaskedLMOutput
-from routing import RoutingStats, add_stats, updated_selection_bias
+from moe.heads import MaskedLMOutput
+from routing import RoutingStats, RoutingTotals, add_stats, updated_buffers
 from training.config import ObjectiveConfig
 from training.data.packing import MaskedBatch
 from training.engine import Ranks, step_and_norm, sum_over_ranks
-from training.objective import StepTotals, masked_lm_objective
+from training.objective import masked_lm_objective
 
 
 class NonFiniteLoss(RuntimeError):
@@ -23,11 +23,20 @@ class NonFiniteLoss(RuntimeError):
 class StepResult(NamedTuple):
     """What an optimizer step did, summed over all ranks; the same on every rank."""
 
-    parts: dict[str, float]  # the loss's parts, unscaled
+    parts: dict[str, float]  # the loss's parts, without coefficients
     grad_norm: float  # before clipping
     tokens: int
     routing: dict[str, RoutingStats]
     stop_requested: bool  # by any rank
+
+
+class StepCounts(NamedTuple):
+    """What a step holds, over all its micro-batches and ranks; each `[]` int64."""
+
+    targets: Tensor
+    tokens: Tensor
+    sequences: Tensor
+    stops: Tensor  # ranks that were asked to stop
 
 
 def train_step(
@@ -35,30 +44,35 @@ def train_step(
     batches: Sequence[MaskedBatch],
     config: ObjectiveConfig,
     ranks: Ranks,
+    step: int = 0,
     stop_requested: bool = False,
 ) -> StepResult:
-    """Forward, backward and update on this rank's micro-batches of one step.
+    """Forward, backward and update on this rank's micro-batches of one step. Collective.
 
-    The whole step's target and token counts are known before the first forward, so that every share of the
-    loss is divided by them. Selection biases are updated once, from the counts of the whole step.
+    The whole step's targets, tokens and sequences are counted before the first forward, so that every share of the
+    loss is divided by them. What routers have besides parameters is updated once, from the whole step's statistics.
+
+    Args:
+        batches: this rank's micro-batches; every rank has equally many.
+        step: 0-based, for coefficients that change.
 
     Raises:
-        NonFiniteLoss: on all ranks. For a loss, before the parameters are touched; a gradient that overflows
-            under a finite loss is known only after the update.
+        NonFiniteLoss: on all ranks. For a loss, before the parameters are touched; a gradient that overflows under a
+            finite loss is known only after the update.
     """
-    counts = [
-        sum(len(b.targets) for b in batches),
-        sum(len(b.input_ids) for b in batches),
-        int(stop_requested),
-    ]
-    targets, tokens, stops = sum_over_ranks(torch.tensor(counts, device=ranks.device)).unbind()
-    totals = StepTotals(targets, tokens)
+    counts = _count(batches, stop_requested, ranks)
+    routers = engine.module.encoder.routers()
+    losses = {name: router.config.losses for name, router in routers.items()}
+    step_totals = None
+    if config.routing_totals == "step" and len(batches) > 1:
+        step_totals = _totals(_route_only(engine, batches, ranks), counts)
     parts: dict[str, Tensor] = {}
     routing: list[dict[str, RoutingStats]] = []
     for i, batch in enumerate(batches):
         output = forward(engine, batch, ranks)
-        assigned = _sum_assigned(output.routing)
-        loss, shares = masked_lm_objective(output, batch.targets.to(ranks.device), config, totals, assigned)
+        totals = step_totals or _totals(output.routing, counts)
+        targets = batch.targets.to(ranks.device)
+        loss, shares = masked_lm_objective(output, targets, counts.targets, losses, totals, step)
         # The engine averages over ranks; the step's loss is the sum of the ranks' shares.
         engine.backward(loss * ranks.world, scale_wrt_gas=False)
         parts = {name: share + parts.get(name, 0.0) for name, share in shares.items()}
@@ -71,8 +85,10 @@ def train_step(
     norm = step_and_norm(engine)
     if not isfinite(norm):
         raise NonFiniteLoss(f"gradient norm = {norm}")
-    _update_selection_biases(engine.module, stats)
-    return StepResult(values, norm, int(tokens), stats, bool(stops))
+    for name, router in routers.items():
+        for buffer, value in updated_buffers(router, stats[name]):
+            buffer.copy_(value)
+    return StepResult(values, norm, int(counts.tokens), stats, bool(counts.stops))
 
 
 def forward(engine: Any, batch: MaskedBatch, ranks: Ranks) -> MaskedLMOutput:
@@ -108,18 +124,30 @@ def reduce_over_ranks(
     return values, {name: RoutingStats(*(next(restored) for _ in stats)) for name, stats in routing.items()}
 
 
-def _sum_assigned(routing: Mapping[str, RoutingStats]) -> dict[str, Tensor]:
-    """Assignments of each router over all ranks' current micro-batches, in one message."""
+def _count(batches: Sequence[MaskedBatch], stop_requested: bool, ranks: Ranks) -> StepCounts:
+    mine = [
+        sum(len(b.targets) for b in batches),
+        sum(len(b.input_ids) for b in batches),
+        sum(len(b.sequences) for b in batches),
+        int(stop_requested),
+    ]
+    return StepCounts(*sum_over_ranks(torch.tensor(mine, device=ranks.device)).unbind())
+
+
+def _totals(routing: Mapping[str, RoutingStats], counts: StepCounts) -> dict[str, RoutingTotals]:
+    """Each router's assignments and probabilities, summed over ranks in one message, beside the step's counts."""
     if not routing:
         return {}
-    counts = [stats.assigned for stats in routing.values()]
-    pieces = sum_over_ranks(torch.cat(counts)).split([count.numel() for count in counts])
-    return dict(zip(routing, pieces, strict=True))
+    fields = [torch.stack([stats.assigned.double(), stats.prob_sum.detach().double()]) for stats in routing.values()]
+    pieces = sum_over_ranks(torch.cat(fields, dim=1)).split([field.shape[1] for field in fields], dim=1)
+    return {
+        name: RoutingTotals(assigned.long(), prob_sum.float(), counts.tokens, counts.sequences)
+        for name, (assigned, prob_sum) in zip(routing, pieces, strict=True)
+    }
 
 
-def _update_selection_biases(model: MaskedLM, routing: Mapping[str, RoutingStats]) -> None:
-    for name, router in model.encoder.routers().items():
-        config = router.config.selection_bias
-        if config is not None and router.selection_bias is not None:
-            assigned = routing[name].assigned.to(router.selection_bias.device)
-            router.selection_bias.copy_(updated_selection_bias(router.selection_bias, assigned, config.rate))
+def _route_only(engine: Any, batches: Sequence[MaskedBatch], ranks: Ranks) -> dict[str, RoutingStats]:
+    """What the routers will choose in this step: its forward passes, made in advance with the same random numbers."""
+    devices = [ranks.device] if ranks.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        return sum_routing([forward(engine, batch, ranks).routing for batch in batches])

@@ -33,7 +33,13 @@ TINY: dict[str, Any] = {
                 "count": 4,
                 "width": 32,
                 "shared_width": 16,
-                "router": {"top_k": 2, "jitter": 0.1, "selection_bias": {"rate": 0.01}},
+                "router": {
+                    "kind": "token_choice",
+                    "top_k": 2,
+                    "noise": {"kind": "jitter", "amount": 0.1},
+                    "selection_bias": {"rate": 0.01},
+                    "centring": {"rate": 0.1},
+                },
             },
         },
     },
@@ -75,7 +81,7 @@ def tiny_data(folder: Path, text_file: Path, cache_dir: Path) -> dict[str, Any]:
 def without_noise(data: dict[str, Any]) -> dict[str, Any]:
     """The run without what differs between ranks by design: dropout and jitter."""
     data["model"]["dropout"] = 0.0
-    data["model"]["block"]["feed_forward"]["router"]["jitter"] = 0.0
+    data["model"]["block"]["feed_forward"]["router"]["noise"] = None
     # AdamW divides by the root of its second moment: where that is near 0, a larger eps keeps it from
     # blowing the gradients' rounding up.
     data["optimizer"]["eps"] = 1e-3

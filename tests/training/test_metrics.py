@@ -26,6 +26,9 @@ def stats(assigned: list[int], dropped: int = 0) -> RoutingStats:
         lse_sq_sum=torch.tensor(0.0),
         entropy_sum=torch.tensor(tokens / 2),
         tokens=torch.tensor(tokens),
+        sequence_balance_sum=torch.tensor(0.0),
+        sequences=torch.tensor(0),
+        input_sum=torch.zeros(0),
     )
 
 

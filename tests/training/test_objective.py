@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from moe.heads import MaskedLMOutput
-from routing import RoutingStats
-from training.config import ObjectiveConfig
-from training.objective import StepTotals, masked_lm_objective
+from routing import RoutingLossConfig, RoutingStats, RoutingTotals
+from training.objective import masked_lm_objective
 
-CONFIG = ObjectiveConfig(balance=0.5, z=0.25)
+LOSSES = RoutingLossConfig(balance=0.5, z=0.25)
 
 
 def stats(prob_sum: list[float], assigned: list[int], lse_sq_sum: float, tokens: int) -> RoutingStats:
@@ -22,11 +21,22 @@ def stats(prob_sum: list[float], assigned: list[int], lse_sq_sum: float, tokens:
         lse_sq_sum=torch.tensor(lse_sq_sum, requires_grad=True),
         entropy_sum=torch.tensor(0.0),
         tokens=torch.tensor(tokens),
+        sequence_balance_sum=torch.tensor(0.0),
+        sequences=torch.tensor(0),
+        input_sum=torch.zeros(0),
     )
 
 
-def totals(targets: int, tokens: int) -> StepTotals:
-    return StepTotals(torch.tensor(targets), torch.tensor(tokens))
+def share(
+    output: MaskedLMOutput, targets: Tensor, step_targets: int, step_tokens: int, assigned: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective's share where the step has so many targets and tokens, and these assignments."""
+    totals = {
+        name: RoutingTotals(counts, torch.zeros(len(counts)), torch.tensor(step_tokens), torch.tensor(0))
+        for name, counts in assigned.items()
+    }
+    losses = dict.fromkeys(assigned, LOSSES)
+    return masked_lm_objective(output, targets, torch.tensor(step_targets), losses, totals, step=0)
 
 
 def logits(*targets: float) -> Tensor:
@@ -41,7 +51,7 @@ def test_it_is_the_formula() -> None:
         {"0.experts": stats([3.0, 1.0], [3, 1], 8.0, 4), "1.experts": stats([1.0, 3.0], [2, 2], 2.0, 4)},
     )
     assigned = {name: routed.assigned for name, routed in output.routing.items()}
-    loss, parts = masked_lm_objective(output, torch.tensor([0, 0]), CONFIG, totals(2, 4), assigned)
+    loss, parts = share(output, torch.tensor([0, 0]), 2, 4, assigned)
     masked_lm = (math.log(2) + math.log(4 / 3)) / 2
     balance = 2 * (0.75 * 0.75 + 0.25 * 0.25) + 2 * (0.5 * 0.25 + 0.5 * 0.75)
     z = 8 / 4 + 2 / 4
@@ -55,7 +65,7 @@ def test_it_is_the_formula() -> None:
 def test_its_gradient_is_that_of_the_formula() -> None:
     routed = stats([3.0, 1.0], [3, 1], 8.0, 4)
     output = MaskedLMOutput(logits(0.0), {"0.experts": routed})
-    loss, _ = masked_lm_objective(output, torch.tensor([0]), CONFIG, totals(2, 4), {"0.experts": routed.assigned})
+    loss, _ = share(output, torch.tensor([0]), 2, 4, {"0.experts": routed.assigned})
     loss.backward()
     assert output.logits.grad is not None
     assert output.logits.grad.tolist() == [[-0.25, 0.25]]  # (softmax - one-hot) / 2 targets
@@ -65,7 +75,7 @@ def test_its_gradient_is_that_of_the_formula() -> None:
 
 
 def test_without_routers_there_is_cross_entropy_alone() -> None:
-    loss, parts = masked_lm_objective(MaskedLMOutput(logits(0.0), {}), torch.tensor([0]), CONFIG, totals(1, 4), {})
+    loss, parts = share(MaskedLMOutput(logits(0.0), {}), torch.tensor([0]), 1, 4, {})
     assert list(parts) == ["masked_lm"]
     assert float(loss) == pytest.approx(math.log(2))
 
@@ -73,9 +83,7 @@ def test_without_routers_there_is_cross_entropy_alone() -> None:
 def test_a_share_without_targets_is_nothing() -> None:
     empty = MaskedLMOutput(torch.zeros(0, 2, requires_grad=True), {"0.experts": stats([0.0, 0.0], [0, 0], 0.0, 0)})
     none = torch.zeros(0, dtype=torch.int64)
-    loss, parts = masked_lm_objective(
-        empty, none, CONFIG, totals(0, 0), {"0.experts": torch.zeros(2, dtype=torch.int64)}
-    )
+    loss, parts = share(empty, none, 0, 0, {"0.experts": torch.zeros(2, dtype=torch.int64)})
     assert float(loss) == 0
     assert {name: float(part) for name, part in parts.items()} == {"masked_lm": 0, "balance": 0, "z": 0}
 
@@ -92,7 +100,7 @@ def shares(own_counts: bool) -> tuple[list[dict[str, float]], dict[str, float]]:
     def parts(values: list[float], routed: RoutingStats, counts: Tensor) -> dict[str, float]:
         output = MaskedLMOutput(logits(*values), {"0.experts": routed})
         zeros = torch.zeros(len(values), dtype=torch.int64)
-        _, result = masked_lm_objective(output, zeros, CONFIG, totals(3, 6), {"0.experts": counts})
+        _, result = share(output, zeros, 3, 6, {"0.experts": counts})
         return {name: float(part) for name, part in result.items()}
 
     return [

@@ -24,11 +24,37 @@ def test_two_ranks_and_accumulation_give_the_gradients_of_one_process(
         run_ranks(world, "record", config, str(tmp_path / str(world)), *chosen)
     for variant in variants:
         accumulation = variant.split(",")[1]
-        expected = load_file(tmp_path / "1" / f"0,{accumulation}.safetensors")
-        actual = load_file(tmp_path / "2" / f"{variant}.safetensors")
-        assert actual.keys() == expected.keys()
-        assert len([name for name in expected if name.startswith("gradient ")]) > 20
-        for name, value in expected.items():
-            torch.testing.assert_close(
-                actual[name], value, rtol=1e-4, atol=2e-6, msg=lambda m, n=name, v=variant: f"{v} {n}: {m}"
-            )
+        assert_same(tmp_path / "2" / f"{variant}.safetensors", tmp_path / "1" / f"0,{accumulation}.safetensors")
+
+
+@pytest.mark.distributed
+def test_with_the_steps_routing_totals_every_cut_gives_the_gradients_of_one_batch(
+    exact: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
+) -> None:
+    exact["objective"] = {"routing_totals": "step"}
+    exact["model"]["block"]["feed_forward"]["router"]["losses"] = {
+        "balance": {"start": 1.0, "end": 0.1, "steps": 2},
+        "importance": 0.5,
+        "z": 0.1,
+        "entropy": -0.1,
+        "sequence_balance": 0.5,
+    }
+    config = str(write_config(exact))
+    cuts = {1: ["0,1", "0,2"], 2: ["0,1", "1,2"]}
+    for world, chosen in cuts.items():
+        (tmp_path / str(world)).mkdir()
+        run_ranks(world, "record", config, str(tmp_path / str(world)), *chosen)
+    for world, chosen in cuts.items():
+        for variant in chosen:
+            assert_same(tmp_path / str(world) / f"{variant}.safetensors", tmp_path / "1" / "0,1.safetensors")
+
+
+def assert_same(actual_file: Path, expected_file: Path) -> None:
+    """Gradients, gradient norm, parameters, buffers and moments are equal to float32 tolerance, each by its name."""
+    actual, expected = load_file(actual_file), load_file(expected_file)
+    assert actual.keys() == expected.keys()
+    assert len([name for name in expected if name.startswith("gradient ")]) > 20
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            actual[name], value, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{actual_file.name} {n}: {m}"
+        )

@@ -64,8 +64,8 @@ def record_steps(run: RunConfig, ranks: Ranks, steps: int = 3) -> dict[str, Tens
 
     original, step.step_and_norm = step.step_and_norm, record_gradients
     try:
-        for _ in range(steps):
-            step.train_step(engine, stream.next_step(), run.objective, ranks)
+        for number in range(steps):
+            step.train_step(engine, stream.next_step(), run.objective, ranks, number)
     finally:
         step.step_and_norm = original
     for name, tensor in whole_parameters(engine):
