@@ -18,7 +18,7 @@ class Config(BaseModel):
         pydantic.ValidationError: for an unknown key (naming the nearest valid one) or an invalid value.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -232,7 +232,7 @@ class HashConfig(Config):
 
     kind: Literal["hash"] = "hash"
     top_k: int = Field(default=1, ge=1)
-    salt: int = Field(default=0, ge=0)
+    salt: int = Field(default=0, ge=0, lt=2**31)  # the upper half of 64 bits, ids being the lower
     losses: RoutingLossConfig = RoutingLossConfig(balance=0.0, z=0.0)  # nothing is learnt
 
     @model_validator(mode="after")

@@ -64,7 +64,7 @@ def importance_loss(stats: RoutingStats, totals: RoutingTotals | None = None) ->
     """
     totals = totals or totals_of(stats)
     whole, own = totals.prob_sum.detach(), stats.prob_sum
-    mean = whole.mean().clamp(min=torch.finfo(whole.dtype).tiny)
+    mean = whole.mean().clamp(min=torch.finfo(whole.dtype).eps)  # no tokens: its square must not underflow
     value = whole.var(unbiased=False) / mean.square()
     # (std/mean)^2 isn't additive, but its gradient is linear in the shards' parts: here is the derivative by hand. It
     # doesn't change when the importance is scaled, so a micro-batch's share of the tokens weighs it.

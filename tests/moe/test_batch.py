@@ -89,9 +89,7 @@ def test_packed_lengths_are_a_right_padded_mask(lengths: list[int]) -> None:
 
 
 @given(st.integers(0, 4), st.integers(0, 6), st.data())
-def test_unpack_brings_every_token_back_and_zeros_elsewhere(
-    rows: int, length: int, data: st.DataObject
-) -> None:
+def test_unpack_brings_every_token_back_and_zeros_elsewhere(rows: int, length: int, data: st.DataObject) -> None:
     bits = data.draw(st.lists(st.booleans(), min_size=rows * length, max_size=rows * length))
     mask = torch.tensor(bits, dtype=torch.bool).view(rows, length)
     grid = torch.arange(1.0, rows * length * 3 + 1).view(rows, length, 3)

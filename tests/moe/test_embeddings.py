@@ -12,16 +12,10 @@ def test_looks_up_and_normalises() -> None:
     layer, ids = Embeddings(vocab_size=10, width=8, dropout=0.0, norm_eps=1e-5), torch.tensor([3, 3, 7])
     table, scale = layer.tokens.weight, layer.norm.weight
     rows = torch.stack([table[i] for i in ids.tolist()])
-    written = (
-        (rows - rows.mean(-1, keepdim=True))
-        / (rows.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
-        * scale
-    )
+    written = (rows - rows.mean(-1, keepdim=True)) / (rows.var(-1, keepdim=True, correction=0) + 1e-5).sqrt() * scale
     upstream, inputs = [torch.randn(3, 8)], dict(layer.named_parameters())
     assert_close(layer(ids), written)
-    assert_close(
-        gradients(layer(ids), inputs, upstream), gradients(written, inputs, upstream), rtol=1e-4, atol=1e-4
-    )
+    assert_close(gradients(layer(ids), inputs, upstream), gradients(written, inputs, upstream), rtol=1e-4, atol=1e-4)
 
 
 def test_drops_out_in_training_only() -> None:

@@ -30,9 +30,7 @@ def test_gated_activations_take_twice_the_width() -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_values_and_gradients_match_the_oracle(activation: Activation) -> None:
     layer, x = FeedForward(4, 6, activation), torch.randn(5, 4, requires_grad=True)
-    slow = torch.stack(
-        [layer.down.weight @ oracles.activate(layer.up.weight @ token, activation) for token in x]
-    )
+    slow = torch.stack([layer.down.weight @ oracles.activate(layer.up.weight @ token, activation) for token in x])
     fast = layer(x)
     assert_close(fast, slow)
     inputs, upstream = {"x": x, **dict(layer.named_parameters())}, oracles.random_like(fast)

@@ -25,9 +25,7 @@ def test_values_and_gradients_match_the_oracle(theta: float) -> None:
             if name != "v":  # channels (0, 2) turn by the position, (1, 3) by theta^(-1/2) of it
                 angles = position[t] * torch.tensor([1.0, theta**-0.5])
                 a, b = heads[:, :2], heads[:, 2:]
-                heads = torch.cat(
-                    [a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], 1
-                )
+                heads = torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], 1)
             turned[name].append(heads)
     mixed = oracles.attention(*(torch.stack(turned[name]) for name in "qkv"), lengths)
     slow = mixed.reshape(8, 8) @ layer.output.weight.T

@@ -39,9 +39,7 @@ def case(rows: int = 12) -> dict[str, Tensor]:
 
 @pytest.mark.usefixtures("uninitialised_is_nan")
 @pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS.keys())
-def test_owned_rows_match_the_oracle_and_the_others_touch_nothing(
-    backend: GroupedLinear, ends: list[int]
-) -> None:
+def test_owned_rows_match_the_oracle_and_the_others_touch_nothing(backend: GroupedLinear, ends: list[int]) -> None:
     inputs, bounds = case(), torch.tensor(ends, dtype=torch.int32)
     # Whatever comes out for rows past the end, its upstream gradient is zero: combine masks them.
     fast = backend(inputs["rows"], inputs["weight"], bounds)[: ends[-1]]
@@ -102,16 +100,12 @@ def test_backend_is_what_was_asked_for_and_auto_what_fits() -> None:
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(12, 16), (8, 20)])
 def test_torch_refuses_widths_it_cannot_serve(inputs: int, outputs: int) -> None:
-    with pytest.raises(
-        ValueError, match=f"multiples of 8, got model width {inputs} and expert width {outputs}"
-    ):
+    with pytest.raises(ValueError, match=f"multiples of 8, got model width {inputs} and expert width {outputs}"):
         choose_backend("torch", inputs, outputs)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "ends", [e for e in ENDS.values() if e[-1]], ids=[n for n, e in ENDS.items() if e[-1]]
-)
+@pytest.mark.parametrize("ends", [e for e in ENDS.values() if e[-1]], ids=[n for n, e in ENDS.items() if e[-1]])
 def test_cuda_matches_the_oracle_in_half_precision(backend: GroupedLinear, ends: list[int]) -> None:
     inputs, bounds = case(), torch.tensor(ends, dtype=torch.int32)
     on_gpu = {name: x.detach().cuda().bfloat16().requires_grad_() for name, x in inputs.items()}
