@@ -53,6 +53,9 @@ class DenseConfig(Config):
     def num_active_params(self, width: int) -> int:
         return self.num_params(width)
 
+    def flops_per_token(self, width: int) -> int:
+        return 2 * self.num_params(width)
+
 
 class ExpertsConfig(Config):
     """A mixture of experts: the router sends every token to some of `count` feed-forward networks."""
@@ -75,6 +78,10 @@ class ExpertsConfig(Config):
 
     def num_active_params(self, width: int) -> int:
         return self._params(width, experts=self.router.mean_choices(self.count))
+
+    def flops_per_token(self, width: int) -> int:
+        matrices = self.num_active_params(width) - self.router.num_params(width, self.count)
+        return 2 * matrices + self.router.flops_per_token(width, self.count)
 
     def _params(self, width: int, experts: float) -> int:
         hidden = round(experts * self.width) + self.shared_width
@@ -151,7 +158,7 @@ class EncoderConfig(Config):
     def flops_per_token(self, length: int) -> int:
         """Forward FLOPs of one token in a sequence of `length` tokens; the embedding look-up costs none."""
         return sum(
-            b.attention.flops_per_token(self.width, length) + 2 * b.feed_forward.num_active_params(self.width)
+            b.attention.flops_per_token(self.width, length) + b.feed_forward.flops_per_token(self.width)
             for b in self.blocks()
         )
 

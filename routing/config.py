@@ -18,7 +18,7 @@ class Config(BaseModel):
         pydantic.ValidationError: for an unknown key (naming the nearest valid one) or an invalid value.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -38,14 +38,17 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _variant_without_kind_is_the_default_one(cls, data: Any) -> Any:
+    def _left_out_is_as_in_the_default(cls, data: Any) -> Any:
+        """A section that names no kind, or the default's, refines the field's default, whatever its class's are."""
         if not isinstance(data, dict):
             return data
         filled = dict(data)
         for name, field in cls.model_fields.items():
-            kind = getattr(field.default, "kind", None)
-            if kind is not None and isinstance(filled.get(name), dict):
-                filled[name] = {"kind": kind, **filled[name]}
+            default, given = field.default, data.get(name)
+            if isinstance(default, Config) and isinstance(given, dict):
+                kind = getattr(default, "kind", None)
+                if given.get("kind", kind) == kind:
+                    filled[name] = {**dict(default), **given}
         return filled
 
 
@@ -152,6 +155,11 @@ class TokenChoiceConfig(Config):
                 "top_k: 1 with renormalize: true makes every gate the constant 1, so the router would get no "
                 "gradient from its task; set renormalize: false or top_k: 2 or more"
             )
+        if self.scope == "sequence" and self.losses.sequence_balance != 0:
+            raise ValueError(
+                "scope: sequence gives a sequence few choices, and losses.sequence_balance forbids it that; remove "
+                "the loss or set scope: token"
+            )
         if self.scope == "sequence" and self.capacity is not None:
             raise ValueError(
                 "scope: sequence with capacity would drop parts of a sequence, and which ones would depend on "
@@ -180,7 +188,12 @@ class TokenChoiceConfig(Config):
         return self.top_k
 
     def num_params(self, width: int, num_choices: int) -> int:
-        return _logits_params(self.noise, width, num_choices)
+        noise = isinstance(self.noise, GaussianNoiseConfig)
+        return width * num_choices * (2 if noise else 1)
+
+    def flops_per_token(self, width: int, num_choices: int) -> int:
+        """At evaluation, so without noise."""
+        return 2 * width * num_choices
 
 
 class ExpertChoiceConfig(Config):
@@ -210,7 +223,12 @@ class ExpertChoiceConfig(Config):
         return self.factor
 
     def num_params(self, width: int, num_choices: int) -> int:
-        return _logits_params(self.noise, width, num_choices)
+        noise = isinstance(self.noise, GaussianNoiseConfig)
+        return width * num_choices * (2 if noise else 1)
+
+    def flops_per_token(self, width: int, num_choices: int) -> int:
+        """At evaluation, so without noise."""
+        return 2 * width * num_choices
 
 
 class ThresholdConfig(Config):
@@ -236,7 +254,12 @@ class ThresholdConfig(Config):
         return self.max_choices
 
     def num_params(self, width: int, num_choices: int) -> int:
-        return _logits_params(self.noise, width, num_choices)
+        noise = isinstance(self.noise, GaussianNoiseConfig)
+        return width * num_choices * (2 if noise else 1)
+
+    def flops_per_token(self, width: int, num_choices: int) -> int:
+        """At evaluation, so without noise."""
+        return 2 * width * num_choices
 
 
 class HashConfig(Config):
@@ -244,7 +267,7 @@ class HashConfig(Config):
 
     kind: Literal["hash"] = "hash"
     top_k: int = Field(default=1, ge=1)
-    salt: int = Field(default=0, ge=0)
+    salt: int = Field(default=0, ge=0, lt=2**31)  # the upper half of 64 bits, ids being the lower
     losses: RoutingLossConfig = RoutingLossConfig(balance=0.0, z=0.0)  # nothing is learnt
 
     @model_validator(mode="after")
@@ -261,6 +284,9 @@ class HashConfig(Config):
         return self.top_k
 
     def num_params(self, width: int, num_choices: int) -> int:
+        return 0
+
+    def flops_per_token(self, width: int, num_choices: int) -> int:
         return 0
 
 
@@ -286,6 +312,9 @@ class LearnedConfig(Config):
     def num_params(self, width: int, num_choices: int) -> int:
         return num_choices
 
+    def flops_per_token(self, width: int, num_choices: int) -> int:
+        return 0
+
 
 RouterConfig = Annotated[
     TokenChoiceConfig | ExpertChoiceConfig | ThresholdConfig | HashConfig | LearnedConfig,
@@ -299,7 +328,3 @@ def _check_top_k(name: str, top_k: int, num_choices: int) -> None:
             f"router.{name} is {top_k} but there are only {num_choices} choices; set router.{name} to at most "
             f"{num_choices} or raise the number of choices"
         )
-
-
-def _logits_params(noise: JitterConfig | GaussianNoiseConfig | None, width: int, num_choices: int) -> int:
-    return width * num_choices * (2 if isinstance(noise, GaussianNoiseConfig) else 1)

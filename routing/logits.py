@@ -45,10 +45,13 @@ class RouterLogits(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             weight = self.weight.float()
+            center = None if self.center is None else self.center.float()
             if self.training and self.jitter > 0:
+                if center is not None:  # first, or its noise would outlive it
+                    x, center = x - center, None
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
             # Centring moves all logits by W center: cheaper than subtracting it from every token.
-            shift = None if self.center is None else -(weight @ self.center.float())
+            shift = None if center is None else -(weight @ center)
             logits = F.linear(x, weight, shift)
             if self.training and self.noise_weight is not None:
                 scale = F.softplus(F.linear(x, self.noise_weight.float()))

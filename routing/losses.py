@@ -40,7 +40,8 @@ def balance_loss(stats: RoutingStats, totals: RoutingTotals | None = None) -> Te
     probability. Uniform routing gives 1, for every K and E. The gradient flows through `P_e` only.
 
     With the step's totals it is exact. With `assigned` of the current micro-batch, the step's loss is the mean of the
-    micro-batches' own losses, weighted by tokens: larger by `E * sum_e cov(f_e, P_e)`, the covariance over them.
+    micro-batches' own losses, weighted by tokens. Where every token takes K choices, that differs from the exact one by
+    `E * sum_e cov(f_e, P_e)`, the covariance over micro-batches.
 
     Returns:
         `[]` float32; its coefficient is usually 1e-2.
@@ -64,7 +65,7 @@ def importance_loss(stats: RoutingStats, totals: RoutingTotals | None = None) ->
     """
     totals = totals or totals_of(stats)
     whole, own = totals.prob_sum.detach(), stats.prob_sum
-    mean = whole.mean().clamp(min=torch.finfo(whole.dtype).tiny)
+    mean = whole.mean().clamp(min=torch.finfo(whole.dtype).eps)  # no tokens: its square must not underflow
     value = whole.var(unbiased=False) / mean.square()
     # (std/mean)^2 isn't additive, but its gradient is linear in the shards' parts: here is the derivative by hand. It
     # doesn't change when the importance is scaled, so a micro-batch's share of the tokens weighs it.

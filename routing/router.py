@@ -137,9 +137,8 @@ class Threshold(nn.Module):
             probs = logits.softmax(-1)
             ranked = top_k(probs.detach(), self.config.max_choices)
             chosen = probs.gather(1, ranked)
-            before = chosen.detach().cumsum(-1) - chosen.detach()
+            before = nn.functional.pad(chosen.detach().cumsum(-1)[:, :-1], (1, 0))  # of the better ones
             kept = before < self.config.threshold
-            kept[:, 0] = True
             choices = ranked.masked_fill(~kept, -1)
             return Routing(logits, probs, choices, chosen * kept, kept, choices.numel())
 
@@ -185,7 +184,7 @@ class Learned(nn.Module):
             choices = top_k(probs.detach(), self.config.top_k)
             weights = probs.gather(1, choices)
             if self.config.gates == "straight_through":
-                weights = 1 / self.config.top_k + weights - weights.detach()
+                weights = 1 / self.config.top_k + (weights - weights.detach())
             kept = torch.ones_like(choices, dtype=torch.bool)
             everybody = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
             return _for_tokens(Routing(logits, probs, choices, weights, kept, choices.numel()), everybody)

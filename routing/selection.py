@@ -52,7 +52,8 @@ def limit_to_groups(scores: Tensor, groups: int, chosen: int) -> Tensor:
     Returns:
         `[T, E]`.
     """
-    grouped = scores.view(scores.shape[0], groups, -1)
+    tokens, num_choices = scores.shape
+    grouped = scores.view(tokens, groups, num_choices // groups)
     best_two = grouped.gather(-1, top_k(grouped.flatten(0, 1), 2).view(*grouped.shape[:2], 2))
     open_groups = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=scores.device)
     open_groups.scatter_(1, top_k(best_two.sum(-1), chosen), True)

@@ -12,6 +12,8 @@ def sequence_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
 
 def sequence_sums(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sum of `[T, C]` within each sequence: `[B, C]`, zero for an empty one."""
+    if x.is_cuda:  # there index_add leaves the order of summation open, so its last bits too
+        return torch.segment_reduce(x, "sum", lengths=cu_seqlens.diff().long(), axis=0, unsafe=True)
     sequence = sequence_of_token(cu_seqlens, x.shape[0])
     return x.new_zeros(cu_seqlens.shape[0] - 1, x.shape[1]).index_add(0, sequence, x)
 

@@ -34,8 +34,8 @@ def summarize(routing: Routing, cu_seqlens: Tensor | None = None, centred_input:
         assigned=none.scatter_add(0, flat, chosen.reshape(-1).long()),
         dropped=none.scatter_add(0, flat, (chosen & ~kept).reshape(-1).long()),
         lse_sq_sum=lse.square().sum(),
-        # -sum p log p, with log p = logit - logsumexp: a dot product instead of another pass of logarithms
-        entropy_sum=lse.sum() - torch.dot(probs.reshape(-1), logits.reshape(-1)),
+        # -sum p log p with log p = logit - logsumexp: a dot product instead of another pass of logarithms
+        entropy_sum=-torch.dot(probs.reshape(-1), (logits - lse[:, None]).reshape(-1)),
         tokens=torch.full((), tokens, dtype=torch.int64, device=logits.device),
         sequence_balance_sum=balance,
         sequences=sequences,

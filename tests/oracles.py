@@ -1,14 +1,31 @@
 """Obviously right and slow: what the fast paths are compared with. One Python loop per token, no tricks."""
 
 from collections.abc import Mapping
-from math import sqrt
+from fractions import Fraction
+from itertools import pairwise
+from math import ceil, sqrt
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe.experts.layer import MoEFeedForward
-from routing import Router, Routing, RoutingStats
-from routing.capacity import slots_per_choice
+from routing import (
+    ExpertChoice,
+    ExpertChoiceConfig,
+    Hash,
+    HashConfig,
+    Learned,
+    LearnedConfig,
+    Router,
+    Routing,
+    RoutingStats,
+    Threshold,
+    ThresholdConfig,
+    TokenChoice,
+    TokenChoiceConfig,
+    Tokens,
+)
+from routing.logits import RouterLogits
 
 
 def gradients(
@@ -45,27 +62,162 @@ def keep(choices: Tensor, probs: Tensor, slots: int, order: str) -> Tensor:
     return kept
 
 
-def route(router: Router, x: Tensor) -> Routing:
-    """What `Router` says, without its jitter."""
+def stable_best(scores: list[float], k: int) -> list[int]:
+    """Indices of the `k` highest, equal ones by lowest index: Python's sort is stable."""
+    return sorted(range(len(scores)), key=lambda e: -scores[e])[:k]
+
+
+def limit_to_groups(scores: list[float], groups: int, chosen: int) -> list[float]:
+    """One token's scores, with -inf outside its best groups."""
+    size = len(scores) // groups
+    sums = [sum(sorted(scores[g * size : (g + 1) * size])[-2:]) for g in range(groups)]
+    best = stable_best(sums, chosen)
+    return [score if e // size in best else float("-inf") for e, score in enumerate(scores)]
+
+
+def best_within_sequences(scores: Tensor, lengths: list[int], factor: str) -> Tensor:
+    """Expert by expert, sequence by sequence; the factor as a person wrote it."""
+    num_choices = scores.shape[1]
+    taken = torch.zeros(scores.shape, dtype=torch.bool)
+    start = 0
+    for length in lengths:
+        slots = ceil(Fraction(factor) * length / num_choices)
+        for e in range(num_choices):
+            for t in stable_best(scores[start : start + length, e].tolist(), slots):
+                taken[start + t, e] = True
+        start += length
+    return taken
+
+
+def routing_of(logits: list[Tensor], probs: list[Tensor], takes: list[list[tuple[int, Tensor]]]) -> Routing:
+    """From what every token takes, (choice, gate) by (choice, gate), to tensors with -1 where it takes no more."""
+    width = max([1, *(len(take) for take in takes)])
+    choices, weights = [], []
+    for take in takes:
+        left = width - len(take)
+        choices.append([e for e, _ in take] + [-1] * left)
+        weights.append(torch.stack([*(gate for _, gate in take), *[torch.zeros(())] * left]))
+    chosen = torch.tensor(choices)
+    return Routing(torch.stack(logits), torch.stack(probs), chosen, torch.stack(weights), chosen >= 0, chosen.numel())
+
+
+def route(router: Router, x: Tensor, tokens: Tokens) -> Routing:
+    """What a router says of one token or more, without its noise. `most_kept` is all places."""
+    match router.config:
+        case TokenChoiceConfig():
+            return token_choice(router, x, tokens)
+        case ExpertChoiceConfig():
+            return expert_choice(router, x, tokens)
+        case ThresholdConfig():
+            return threshold(router, x)
+        case HashConfig():
+            return hashed(router, tokens)
+        case LearnedConfig():
+            return learned(router, len(x))
+
+
+def raw_logits(logits: RouterLogits, token: Tensor) -> Tensor:
+    centred = token.float() if logits.center is None else token.float() - logits.center
+    return torch.stack([(row * centred).sum() for row in logits.weight.float()])
+
+
+def token_choice(router: TokenChoice, x: Tensor, tokens: Tokens) -> Routing:
     config, bias = router.config, router.selection_bias
-    logits, probs, choices, weights = [], [], [], []
-    for token in x.float():
-        logits.append(torch.stack([(row * token).sum() for row in router.weight.float()]))
-        probs.append(softmax(logits[-1]))
-        scores = probs[-1].detach() if bias is None else probs[-1].detach() + bias
-        best = sorted(range(router.num_choices), key=lambda e, s=scores: -s[e].item())[: config.top_k]
-        gates = torch.stack([probs[-1][e] for e in best])
-        choices.append(torch.tensor(best))
-        weights.append(gates / gates.sum() if config.renormalize else gates)
-    all_probs, all_choices = torch.stack(probs), torch.stack(choices)
-    kept = torch.ones_like(all_choices, dtype=torch.bool)
-    if config.capacity and (factor := config.capacity.train if router.training else config.capacity.evaluation):
-        slots = slots_per_choice(len(x), config.top_k, router.num_choices, factor)
-        kept = keep(all_choices, all_probs, slots, config.capacity.order)
-    return Routing(torch.stack(logits), all_probs, all_choices, torch.stack(weights) * kept, kept)
+    logits, probs, takes = [], [], []
+    for token in x if config.scope == "token" else means_of_sequences(x, tokens):
+        raw = raw_logits(router.logits, token)
+        scores = softmax(raw) if config.score == "softmax" else 1 / (1 + (-raw).exp())
+        wanted = (scores.detach() if bias is None else scores.detach() + bias).tolist()
+        if config.groups:
+            wanted = limit_to_groups(wanted, config.groups.count, config.groups.chosen)
+        best = stable_best(wanted, config.top_k)
+        total = torch.stack([scores[e] for e in best]).sum() if config.renormalize else 1
+        logits.append(raw if config.score == "softmax" else scores.log())
+        probs.append(scores / scores.sum())
+        takes.append([(e, scores[e] / total) for e in best])
+    routing = routing_of(logits, probs, takes)
+    factor = config.capacity and (config.capacity.train if router.training else config.capacity.evaluation)
+    if not factor:
+        return routing
+    slots = max(config.capacity.minimum, ceil(Fraction(str(factor)) * routing.choices.numel() / len(probs[0])))
+    kept = keep(routing.choices, routing.probs, slots, config.capacity.order)
+    return routing._replace(kept=kept, weights=routing.weights * kept)
 
 
-def summarize(routing: Routing) -> RoutingStats:
+def means_of_sequences(x: Tensor, tokens: Tokens) -> list[Tensor]:
+    """For every token, the mean of its sequence."""
+    return [
+        x[start:end].float().mean(0) for start, end in pairwise(tokens.cu_seqlens.tolist()) for _ in range(start, end)
+    ]
+
+
+def expert_choice(router: ExpertChoice, x: Tensor, tokens: Tokens) -> Routing:
+    config = router.config
+    logits = [raw_logits(router.logits, token) for token in x]
+    probs = [softmax(row) for row in logits]
+    lengths = tokens.cu_seqlens.diff().tolist() if config.scope == "sequence" else [len(x)]
+    taken = best_within_sequences(torch.stack(probs).detach(), lengths, str(config.factor))
+    takes = []
+    for p, takers in zip(probs, taken.tolist(), strict=True):
+        takes.append([(e, p[e]) for e in stable_best(p.tolist(), len(p)) if takers[e]])
+    return routing_of(logits, probs, takes)
+
+
+def threshold(router: Threshold, x: Tensor) -> Routing:
+    logits = [raw_logits(router.logits, token) for token in x]
+    probs = [softmax(row) for row in logits]
+    takes = []
+    for p in probs:
+        take, sure = [], 0.0
+        for e in stable_best(p.tolist(), router.config.max_choices):
+            if sure < router.config.threshold:
+                take.append((e, p[e]))
+                sure += p[e].item()
+        takes.append(take)
+    return routing_of(logits, probs, takes)
+
+
+def hashed(router: Hash, tokens: Tokens) -> Routing:
+    top_k, num_choices = router.config.top_k, router.num_choices
+    logits, gate = torch.zeros(num_choices), torch.tensor(1 / top_k)
+    takes = []
+    for token in tokens.ids.tolist():
+        mixed = token + router.config.salt * 2**32
+        for _ in range(2):
+            mixed = (mixed ^ (mixed >> 31)) * 0x5851F42D4C957F2D
+            mixed = (mixed + 2**63) % 2**64 - 2**63  # as 64 signed bits
+        first = (mixed >> 33) % 2**30 % num_choices
+        takes.append([((first + k) % num_choices, gate) for k in range(top_k)])
+    return routing_of([logits] * len(takes), [softmax(logits)] * len(takes), takes)
+
+
+def learned(router: Learned, count: int) -> Routing:
+    """The gradient is that of the softmax weights, whatever the gates' values."""
+    top_k, logits = router.config.top_k, router.weight.float()
+    probs = softmax(logits)
+    best = stable_best(probs.tolist(), top_k)
+    offset = [1 / top_k - probs[e].item() if router.config.gates == "straight_through" else 0.0 for e in best]
+    take = [(e, probs[e] + shift) for e, shift in zip(best, offset, strict=True)]
+    return routing_of([logits] * count, [probs] * count, [take] * count)
+
+
+class RandomRouting(nn.Module):
+    """A test double: `top_k` random choices and gates that sum to 1. Whatever a layer then does is its own doing."""
+
+    def __init__(self, num_choices: int, top_k: int) -> None:
+        super().__init__()
+        self.config = HashConfig(top_k=top_k)  # like hash, nothing to learn
+        self.num_choices = num_choices
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Routing:
+        choices = torch.rand(len(tokens.ids), self.num_choices).argsort(-1)[:, : self.config.top_k]
+        logits = torch.zeros(len(choices), self.num_choices)
+        weights = torch.rand(choices.shape).softmax(-1)
+        kept = torch.ones_like(choices, dtype=torch.bool)
+        return Routing(logits, logits.softmax(-1), choices, weights, kept, choices.numel())
+
+
+def summarize(routing: Routing, lengths: list[int] | None = None, centred_input: Tensor | None = None) -> RoutingStats:
     tokens, num_choices = routing.logits.shape
     assigned, dropped = [0] * num_choices, [0] * num_choices
     prob_sum, lse_sq_sum, entropy_sum = torch.zeros(num_choices), torch.zeros(()), torch.zeros(())
@@ -73,10 +225,19 @@ def summarize(routing: Routing) -> RoutingStats:
         probs = routing.probs[t]
         prob_sum = prob_sum + probs
         lse_sq_sum = lse_sq_sum + routing.logits[t].exp().sum().log() ** 2
-        entropy_sum = entropy_sum - (probs * probs.log()).sum().detach()
+        entropy_sum = entropy_sum - (probs * probs.log()).sum()
         for choice, kept in zip(routing.choices[t].tolist(), routing.kept[t].tolist(), strict=True):
-            assigned[choice] += 1
-            dropped[choice] += not kept
+            if choice >= 0:
+                assigned[choice] += 1
+                dropped[choice] += not kept
+    balance, start = torch.zeros(()), 0
+    for length in lengths or []:
+        if length:
+            own = slice(start, start + length)
+            wanted = [e for row in routing.choices[own].tolist() for e in row if e >= 0]
+            shares = torch.tensor([wanted.count(e) / max(1, len(wanted)) for e in range(num_choices)])
+            balance = balance + num_choices * (shares * routing.probs[own].mean(0)).sum()
+        start += length
     return RoutingStats(
         prob_sum,
         torch.tensor(assigned),
@@ -84,7 +245,18 @@ def summarize(routing: Routing) -> RoutingStats:
         lse_sq_sum,
         entropy_sum,
         torch.tensor(tokens),
+        balance,
+        torch.tensor(sum(length > 0 for length in lengths or [])),
+        torch.zeros(0)
+        if centred_input is None
+        else torch.stack([row.float() for row in centred_input]).sum(0).detach(),
     )
+
+
+def differentiable(stats: RoutingStats) -> list[Tensor]:
+    """The sums that carry gradient."""
+    fields = (stats.prob_sum, stats.lse_sq_sum, stats.entropy_sum, stats.sequence_balance_sum)
+    return [field for field in fields if field.requires_grad]
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -105,9 +277,9 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([rows[:0] @ weight[0], *owned])
 
 
-def moe_feed_forward(layer: MoEFeedForward, x: Tensor) -> tuple[Tensor, RoutingStats]:
+def moe_feed_forward(layer: MoEFeedForward, x: Tensor, tokens: Tokens) -> tuple[Tensor, RoutingStats]:
     """Token by token, choice by choice."""
-    routing, activation = route(layer.router, x), layer.experts.activation
+    routing, activation = route(layer.router, x, tokens), layer.experts.activation
     y = []
     for t, token in enumerate(x):
         out = torch.zeros_like(token)
@@ -118,7 +290,10 @@ def moe_feed_forward(layer: MoEFeedForward, x: Tensor) -> tuple[Tensor, RoutingS
                 hidden = activate(token @ layer.experts.up[e], activation)
                 out = out + routing.weights[t, k] * (hidden @ layer.experts.down[e])
         y.append(out)
-    return torch.stack(y), summarize(routing)
+    in_sequence = layer.router.config.losses.sequence_balance != 0
+    centred = getattr(layer.router.config, "centring", None) is not None
+    lengths = tokens.cu_seqlens.diff().tolist() if in_sequence else None
+    return torch.stack(y), summarize(routing, lengths, x if centred else None)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:

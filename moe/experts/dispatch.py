@@ -42,7 +42,7 @@ class LocalDispatcher:
         counts = counts.scatter_add(0, owner, torch.ones_like(owner))
         ends = counts[:num_choices].cumsum(0).to(torch.int32)
         # Rows that nobody owns are left out as far as that needs no waiting for a GPU.
-        most = routing.most_kept if x.is_cuda else int(counts[:num_choices].sum())
+        most = routing.most_kept if x.is_cuda else max(1, int(counts[:num_choices].sum()))
         rows = x.index_select(0, order[:most] // top_k)
         row_of = row_of.clamp(max=max(most - 1, 0)).view(tokens, top_k)
         return rows, DispatchPlan(ends, row_of, routing.kept)

@@ -11,7 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from moe.config import DenseConfig, EncoderConfig, ExpertsConfig
 from moe.encoder import Encoder
 from moe.experts.layer import MoEFeedForward
-from routing import RouterConfig
+from routing import (
+    ExpertChoiceConfig,
+    GaussianNoiseConfig,
+    HashConfig,
+    LearnedConfig,
+    ThresholdConfig,
+    TokenChoiceConfig,
+)
 
 EXPERTS = {"kind": "experts", "count": 4, "width": 16}
 
@@ -51,9 +58,18 @@ def test_heads_that_do_not_divide_the_width_are_refused_with_those_that_do() -> 
         EncoderConfig(width=12, block={"attention": {"heads": 4}})
 
 
-def test_more_experts_per_token_than_experts_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"top_k is 3 but count is 2.*set router.top_k to at most 2"):
-        ExpertsConfig(count=2, router=RouterConfig(top_k=3))
+@pytest.mark.parametrize(
+    ("router", "named"),
+    [
+        (TokenChoiceConfig(top_k=3), r"router.top_k is 3 but there are only 2 choices.*set router.top_k to at most 2"),
+        (ThresholdConfig(), "router.max_choices is 4 but there are only 2"),
+        (ExpertChoiceConfig(factor=2.5), "router.factor is 2.5 but there are only 2"),
+        (TokenChoiceConfig(groups={"count": 2, "chosen": 1}), "groups of at least two"),
+    ],
+)
+def test_a_router_that_cannot_serve_the_experts_is_refused_when_it_is_read(router: object, named: str) -> None:
+    with pytest.raises(ValidationError, match=named):
+        ExpertsConfig(count=2, router=router)
 
 
 def test_unknown_keys_name_path_and_nearest_key() -> None:
@@ -77,6 +93,21 @@ def test_accounts_literal() -> None:
 
 activations = st.sampled_from(["gelu", "swiglu", "geglu"])
 dense = st.builds(DenseConfig, width=st.integers(1, 40), activation=activations)
+
+
+def routers(count: int) -> st.SearchStrategy:
+    """Those whose tokens all take as many experts."""
+    top_k = st.integers(1, count)
+    noise = st.sampled_from([None, GaussianNoiseConfig()])
+    return st.one_of(
+        st.builds(TokenChoiceConfig, top_k=top_k, renormalize=st.just(False), noise=noise),
+        st.builds(HashConfig, top_k=top_k),
+        st.builds(LearnedConfig, top_k=top_k),
+        st.builds(ThresholdConfig, max_choices=top_k, threshold=st.just(1.0), noise=noise),
+        st.just(ExpertChoiceConfig(factor=count)),
+    )
+
+
 experts = st.integers(1, 6).flatmap(
     lambda count: st.builds(
         ExpertsConfig,
@@ -84,7 +115,7 @@ experts = st.integers(1, 6).flatmap(
         width=st.integers(1, 40),
         activation=activations,
         shared_width=st.sampled_from([0, 12]),
-        router=st.builds(RouterConfig, top_k=st.integers(1, count), renormalize=st.just(False)),
+        router=routers(count),
         backend=st.just("loop"),
     )
 )
@@ -108,10 +139,11 @@ configs = st.builds(
 @given(configs)
 def test_parameter_counts_equal_the_built_modules(config: EncoderConfig) -> None:
     with torch.device("meta"):
-        encoder = Encoder(config)
+        encoder = Encoder(config).eval()
     count = sum(p.numel() for p in encoder.parameters())
     idle = sum(
-        (layer.router.num_choices - layer.router.config.top_k) * sum(w[0].numel() for w in layer.experts.parameters())
+        (len(layer.experts.up) - round(layer.router.config.mean_choices(len(layer.experts.up))))
+        * sum(w[0].numel() for w in layer.experts.parameters())
         for layer in encoder.modules()
         if isinstance(layer, MoEFeedForward)
     )
@@ -119,17 +151,21 @@ def test_parameter_counts_equal_the_built_modules(config: EncoderConfig) -> None
     assert config.num_active_params() == count - idle
 
 
-@settings(max_examples=20)
-@given(configs, st.integers(1, 9))
-def test_flops_equal_those_torch_counts(config: EncoderConfig, length: int) -> None:
-    encoder = Encoder(config)
+def counted_flops(config: EncoderConfig, length: int) -> int:
+    encoder = Encoder(config).eval()
     # The counter knows attention on the CPU only as the matrix products of its plain implementation.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         encoder(torch.zeros(1, length, dtype=torch.int64))
     # combine writes its weighted sum, elementwise work and so not in our accounts, as a batched product.
     combine = sum(
-        2 * length * ff.router.top_k * config.width
+        2 * length * int(ff.router.mean_choices(ff.count)) * config.width
         for ff in (block.feed_forward for block in config.blocks())
         if isinstance(ff, ExpertsConfig)
     )
-    assert counter.get_total_flops() == length * config.flops_per_token(length) + combine
+    return counter.get_total_flops() - combine
+
+
+@settings(max_examples=20)
+@given(configs, st.integers(1, 9))
+def test_flops_equal_those_torch_counts(config: EncoderConfig, length: int) -> None:
+    assert counted_flops(config, length) == length * config.flops_per_token(length)

@@ -1,5 +1,7 @@
 """The encoder: what padding, neighbours and recomputation must not change."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,8 +10,9 @@ from torch.testing import assert_close
 from moe.batch import pack, pack_lengths
 from moe.config import EncoderConfig
 from moe.encoder import Encoder, EncoderOutput
-from routing import RoutingStats
-from tests.oracles import gradients, random_like
+from routing import RoutingStats, Tokens, updated_buffers
+from tests.oracles import differentiable, gradients, hashed, random_like
+from tests.routing.routers import ROUTERS, depends_on_batch_mates, with_losses, with_opinions
 
 MIXED = EncoderConfig(
     vocab_size=30,
@@ -25,29 +28,26 @@ MIXED = EncoderConfig(
 )
 
 
-def with_router(dropout: float = 0.0, **router) -> EncoderConfig:
-    experts = {"kind": "experts", "count": 4, "width": 16, "router": router}
-    return MIXED.model_validate(
-        {
-            **MIXED.model_dump(),
-            "overrides": [{"layers": {"every": 2}, "feed_forward": experts}],
-            "dropout": dropout,
-        }
-    )
+def with_router(router: dict[str, Any] | str, dropout: float = 0.0) -> EncoderConfig:
+    """By its config or its name in `ROUTERS`, with every loss on."""
+    router = with_losses(router) if isinstance(router, str) else router
+    experts = {"kind": "experts", "count": 8, "width": 16, "router": router}
+    overrides = [{"layers": {"every": 2}, "feed_forward": experts}]
+    return MIXED.model_validate({**MIXED.model_dump(), "overrides": overrides, "dropout": dropout})
 
 
 def encoder_of(config: EncoderConfig = MIXED) -> Encoder:
     """An encoder whose routers have opinions and whose tokens differ."""
     encoder = Encoder(config)
     for router in encoder.routers().values():
-        torch.nn.init.normal_(router.weight, std=0.5)
+        with_opinions(router)
     return encoder
 
 
 def assert_same_stats(one: dict[str, RoutingStats], other: dict[str, RoutingStats]) -> None:
     assert one.keys() == other.keys()
     for name, stats in one.items():
-        for field in ("assigned", "dropped", "tokens"):
+        for field in ("assigned", "dropped", "tokens", "sequences"):
             assert torch.equal(getattr(stats, field), getattr(other[name], field))
         assert_close(stats._asdict(), other[name]._asdict())
 
@@ -60,19 +60,27 @@ def ids() -> Tensor:
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
 
 
-@pytest.mark.parametrize("capacity", [None, {"train": 0.75}, {"train": 0.75, "order": "position"}], ids=str)
+@pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_padding_changes_nothing(side: str, capacity: dict | None, ids: Tensor) -> None:
+def test_padding_changes_nothing(side: str, name: str, ids: Tensor) -> None:
     left, right = {"left": (3, 0), "right": (0, 4), "both": (2, 1)}[side]
-    encoder = encoder_of(with_router(capacity=capacity))
-    plain = encoder(ids, MASK)
+    encoder = encoder_of(with_router(name))
+
+    def run(ids: Tensor, mask: Tensor) -> EncoderOutput:
+        torch.manual_seed(3)  # the same noise
+        return encoder(ids, mask)
+
+    plain = run(ids, MASK)
     mask = torch.nn.functional.pad(MASK, (left, right))
-    padded = encoder(torch.nn.functional.pad(ids, (left, right), value=29), mask)
+    padded = run(torch.nn.functional.pad(ids, (left, right), value=29), mask)
     assert padded.last_hidden_state.shape == (3, 5 + left + right, 16)
     assert_close(padded.last_hidden_state[:, left : left + 5], plain.last_hidden_state)
     assert torch.equal(padded.last_hidden_state[mask == 0], torch.zeros(int((mask == 0).sum()), 16))
     assert_same_stats(padded.routing, plain.routing)
-    assert (sum(s.dropped.sum() for s in plain.routing.values()) > 0) == (capacity is not None)
+    for layer, router in encoder.routers().items():
+        updates = [updated_buffers(router, output.routing[layer]) for output in (plain, padded)]
+        assert_close([new for _, new in updates[0]], [new for _, new in updates[1]])
+    assert (sum(s.dropped.sum() for s in plain.routing.values()) > 0) == ("capacity" in name)
 
 
 def test_ids_at_padding_are_never_read(ids: Tensor) -> None:
@@ -81,14 +89,29 @@ def test_ids_at_padding_are_never_read(ids: Tensor) -> None:
     assert_close(encoder(nonsense, MASK).last_hidden_state, encoder(ids, MASK).last_hidden_state)
 
 
-def test_batch_mates_change_nothing_when_dropless(ids: Tensor) -> None:
-    encoder = encoder_of()
-    together = encoder(ids, MASK)
-    alone = [encoder(row[: int(m.sum())][None]) for row, m in zip(ids, MASK, strict=True)]
+def alone_and_together(name: str, ids: Tensor) -> tuple[list[EncoderOutput], EncoderOutput]:
+    encoder = encoder_of(with_router(name)).eval()
+    return [encoder(row[: int(m.sum())][None]) for row, m in zip(ids, MASK, strict=True)], encoder(ids, MASK)
+
+
+DEPENDENT = [
+    name for name in ROUTERS if depends_on_batch_mates(next(iter(Encoder(with_router(name)).routers().values())))
+]
+
+
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name not in DEPENDENT])
+def test_batch_mates_change_nothing(name: str, ids: Tensor) -> None:
+    alone, together = alone_and_together(name, ids)
     for b, one in enumerate(alone):
         assert_close(together.last_hidden_state[b, : one.last_hidden_state.shape[1]], one.last_hidden_state[0])
-    for name, stats in together.routing.items():
-        assert torch.equal(stats.assigned, sum(one.routing[name].assigned for one in alone))
+    for layer, stats in together.routing.items():
+        assert torch.equal(stats.assigned, sum(one.routing[layer].assigned for one in alone))
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_batch_mates_matter_with_capacity_or_batch_scope_as_documented(name: str, ids: Tensor) -> None:
+    alone, together = alone_and_together(name, ids)
+    assert (together.last_hidden_state[0] - alone[0].last_hidden_state[0]).abs().max() > 1e-4
 
 
 def test_an_edit_in_one_row_reaches_only_that_row(ids: Tensor) -> None:
@@ -121,18 +144,23 @@ def test_statistics_bear_the_names_of_their_routers(ids: Tensor) -> None:
     assert all(stats.tokens == 11 and stats.assigned.sum() == 22 for stats in routing.values())
 
 
-@pytest.mark.parametrize(
-    "config",
-    [MIXED, with_router(jitter=0.2), with_router(dropout=0.3, jitter=0.2, capacity={"train": 0.75})],
-    ids=["plain", "jitter", "jitter, dropout and capacity"],
-)
-def test_recomputed_blocks_give_the_same_gradients_and_count_once(config: EncoderConfig, ids: Tensor) -> None:
-    encoder = encoder_of(config)
+def test_routers_are_told_the_ids_of_their_tokens(ids: Tensor) -> None:
+    encoder = encoder_of(with_router("hash"))
+    real = ids[MASK.bool()]
+    choices = hashed(encoder.routers()["0.experts"], Tokens(real, torch.tensor([0, len(real)]))).choices
+    for stats in encoder(ids, MASK).routing.values():
+        assert torch.equal(stats.assigned, choices.flatten().bincount(minlength=8))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_recomputed_blocks_give_the_same_gradients_and_count_once(name: str, dropout: float, ids: Tensor) -> None:
+    encoder = encoder_of(with_router(name, dropout))
     parameters = dict(encoder.named_parameters())
 
-    def differentiable(output: EncoderOutput) -> list[Tensor]:
-        sums = [[s.prob_sum, s.lse_sq_sum] for s in output.routing.values()]
-        return [output.last_hidden_state, *(field for fields in sums for field in fields)]
+    def outputs(output: EncoderOutput) -> list[Tensor]:
+        sums = [field for stats in output.routing.values() for field in differentiable(stats)]
+        return [output.last_hidden_state, *sums]
 
     def run(recompute: bool) -> tuple[EncoderOutput, dict[str, Tensor]]:
         torch.manual_seed(1)
@@ -141,8 +169,8 @@ def test_recomputed_blocks_give_the_same_gradients_and_count_once(config: Encode
         handles = [b.register_forward_pre_hook(lambda *_: calls.append(1)) for b in encoder.blocks]
         output = encoder(ids, MASK)
         torch.manual_seed(2)
-        upstream = random_like(*differentiable(output))
-        grads = torch.autograd.grad(differentiable(output), list(parameters.values()), upstream)
+        upstream = random_like(*outputs(output))
+        grads = torch.autograd.grad(outputs(output), list(parameters.values()), upstream)
         for handle in handles:
             handle.remove()
         assert len(calls) == (6 if recompute else 3)  # it does recompute
@@ -155,24 +183,30 @@ def test_recomputed_blocks_give_the_same_gradients_and_count_once(config: Encode
     assert_close(again_grads, plain_grads)
 
 
-def test_evaluation_is_deterministic_and_dropless(ids: Tensor) -> None:
-    encoder = encoder_of(with_router(dropout=0.5, jitter=0.5, capacity={"train": 0.25}))
-    assert sum(s.dropped.sum() for s in encoder(ids, MASK).routing.values()) > 0
-    encoder.eval()
+@pytest.mark.parametrize("name", ROUTERS)
+def test_evaluation_is_deterministic(name: str, ids: Tensor) -> None:
+    encoder = encoder_of(with_router(name, dropout=0.5)).eval()
     one, other = encoder(ids, MASK), encoder(ids, MASK)
     assert torch.equal(one.last_hidden_state, other.last_hidden_state)
-    assert sum(s.dropped.sum() for s in one.routing.values()) == 0
 
 
-def test_every_parameter_learns(ids: Tensor) -> None:
-    encoder = encoder_of()
+def test_evaluation_is_dropless_unless_asked_otherwise(ids: Tensor) -> None:
+    encoder = encoder_of(with_router({"kind": "token_choice", "capacity": {"train": 0.25}}))
+    assert sum(s.dropped.sum() for s in encoder(ids, MASK).routing.values()) > 0
+    assert sum(s.dropped.sum() for s in encoder.eval()(ids, MASK).routing.values()) == 0
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_parameter_learns(name: str, ids: Tensor) -> None:
+    encoder = encoder_of(with_router(name))
     states = encoder(ids, MASK).last_hidden_state
-    for name, grad in gradients(states, dict(encoder.named_parameters()), random_like(states)).items():
-        assert grad.abs().max() > 0, name
+    for key, grad in gradients(states, dict(encoder.named_parameters()), random_like(states)).items():
+        assert grad.abs().max() > 0, key
 
 
-def test_rows_without_tokens_and_batches_without_any(ids: Tensor) -> None:
-    encoder = encoder_of()
+@pytest.mark.parametrize("name", ROUTERS)
+def test_rows_without_tokens_and_batches_without_any(name: str, ids: Tensor) -> None:
+    encoder = encoder_of(with_router(name)).eval()
     assert torch.equal(encoder(ids, torch.zeros_like(ids)).last_hidden_state, torch.zeros(3, 5, 16))
     mask = torch.tensor([[0] * 5, [1] * 5, [0] * 5])
     states = encoder(ids, mask).last_hidden_state
@@ -181,8 +215,9 @@ def test_rows_without_tokens_and_batches_without_any(ids: Tensor) -> None:
     assert encoder(ids[:0]).last_hidden_state.shape == (0, 5, 16)
 
 
-def test_a_batch_without_tokens_gives_every_parameter_a_zero_gradient(ids: Tensor) -> None:
-    encoder = encoder_of()
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_batch_without_tokens_gives_every_parameter_a_zero_gradient(name: str, ids: Tensor) -> None:
+    encoder = encoder_of(with_router(name))
     for states in (encoder(ids, torch.zeros_like(ids)).last_hidden_state, encoder(ids[:0]).last_hidden_state):
         grads = gradients(states, dict(encoder.named_parameters()), random_like(states))
         assert all(torch.equal(g, torch.zeros_like(g)) for g in grads.values())

@@ -25,7 +25,7 @@ CONFIG = EncoderConfig.model_validate(
                 "count": 3,
                 "width": 4,
                 "shared_width": 2,
-                "router": {"top_k": 2, "jitter": 0.1, "selection_bias": {"rate": 0.5}},
+                "router": {"top_k": 2, "noise": {"kind": "jitter", "amount": 0.1}, "selection_bias": {"rate": 0.5}},
             },
         },
         "overrides": [{"layers": [0], "feed_forward": {"kind": "dense", "width": 5}}],

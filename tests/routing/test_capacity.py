@@ -8,9 +8,12 @@ from deepspeed.moe.sharded_moe import top1gating, top2gating, topkgating
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.testing import assert_close
 
+from routing import build_router
 from routing.capacity import keep_within_capacity, slots_per_choice
 from tests import oracles
+from tests.routing.routers import config_of, tokens_of
 
 ORDERS: list[Literal["probability", "position"]] = ["probability", "position"]
 
@@ -25,10 +28,20 @@ ORDERS: list[Literal["probability", "position"]] = ["probability", "position"]
         (8, 1, 4, 0.25, 1),
         (1, 1, 64, 0.01, 1),  # never below one
         (0, 2, 4, 1.0, 1),
+        (100, 1, 10, 1.1, 11),  # in floats 1.1 * 100 / 10 is more than 11
+        (50, 2, 10, 0.7, 7),
+        (49, 1, 49, 1.0, 1),
+        (10, 1, 4, 1e-5, 1),
     ],
 )
 def test_slots_are_the_rounded_up_share(tokens: int, top_k: int, num_choices: int, factor: float, slots: int) -> None:
     assert slots_per_choice(tokens, top_k, num_choices, factor) == slots
+
+
+def test_a_minimum_of_slots() -> None:
+    assert slots_per_choice(8, 1, 4, 1.0, minimum=5) == 5
+    assert slots_per_choice(80, 1, 4, 1.0, minimum=5) == 20
+    assert slots_per_choice(0, 1, 4, 1.0, minimum=5) == 5
 
 
 # Three tokens want 0 and then 1, the third of them most of all; the fourth wants 1 and then 0.
@@ -118,3 +131,17 @@ def test_deepspeed_topk_keeps_the_same_assignments_by_probability(top_k: int) ->
     ours = keep_within_capacity(choices, logits.softmax(-1), slots, "probability")
     assert not ours.all()
     assert torch.equal(ours, kept_of(dispatched, choices))
+
+
+def test_deepspeed_gives_a_dropped_tokens_gate_to_its_other_choice_and_ours_drops_it_unscaled() -> None:
+    # All three want 0, which has two slots; the last one's second choice is free. DeepSpeed renormalises over what was
+    # kept, so that choice weighs 1 instead of .4.
+    logits = torch.tensor([[0.6, 0.4, 0.0], [0.6, 0.4, 0.0], [0.6, 0.0, 0.4]]).clamp(min=1e-9).log()
+    _, theirs, _, _ = top2gating(logits.clone(), 0.75, min_capacity=1, top2_2nd_expert_sampling=False)
+    assert_close(theirs.sum(-1), torch.tensor([[0.6, 0.4, 0], [0.6, 0.4, 0], [0, 0, 1]]))
+    config = {"kind": "token_choice", "top_k": 2, "capacity": {"train": 0.75, "order": "position"}}
+    router = build_router(config_of(config), 3, 3)
+    torch.nn.init.eye_(router.logits.weight)
+    ours = router(logits, tokens_of([3]))
+    assert ours.choices.tolist() == [[0, 1], [0, 1], [0, 2]]
+    assert_close(ours.weights, torch.tensor([[0.6, 0.4], [0.6, 0.4], [0, 0.4]]))

@@ -99,7 +99,7 @@ MISTAKES: list[tuple[Edit, list[str]]] = [
     (no_tokenizer, ["the tokenizer ", "tokenizer.json can't be read"]),
     (unwritable_cache, ["the data cache ", "can't be written", "data.cache_dir"]),
     (unknown_key, ["model.block.feed_forward.router: unknown key 'topk': did you mean 'top_k'?"]),
-    (many_choices, ["model.block.feed_forward: router.top_k is 5 but count is 4"]),
+    (many_choices, ["model.block.feed_forward: router.top_k is 5 but there are only 4 choices"]),
     (odd_heads, ["model: layer 0: width 32 does not divide into 5 heads"]),
     (generated_setting, ["engine: deepspeed sets gradient_clipping, which is generated"]),
 ]

@@ -110,7 +110,10 @@ def test_an_unknown_key_is_named_by_its_path_with_the_nearest_valid_one(
         ("checkpoint.keep=0", ["checkpoint.keep: Input should be greater than or equal to 1 (given: 0)"]),
         (
             "model.block.feed_forward.router.top_k=5",
-            ["model.block.feed_forward: router.top_k is 5 but count is 4", "set router.top_k to at most 4"],
+            [
+                "model.block.feed_forward: router.top_k is 5 but there are only 4 choices",
+                "set router.top_k to at most 4",
+            ],
         ),
         (
             "model.block.attention.heads=3",

@@ -1,5 +1,7 @@
 """The mixture-of-experts layer against a loop over tokens and choices."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,31 +9,30 @@ from torch.testing import assert_close
 
 from moe.config import ExpertsConfig
 from moe.experts.layer import MoEFeedForward
-from routing import RouterConfig, RoutingStats
 from tests import oracles
+from tests.routing.routers import ROUTERS, tokens_of, with_opinions
+
+TOP_1 = {"kind": "token_choice", "top_k": 1, "renormalize": False}
 
 
-def layer_of(router: dict | None = None, **config) -> MoEFeedForward:
-    """A layer of width 8 whose router has opinions."""
-    config = {"count": 4, "width": 16, **config}
-    layer = MoEFeedForward(ExpertsConfig(router=RouterConfig(**(router or {})), **config), width=8)
-    torch.nn.init.normal_(layer.router.weight)
+def layer_of(router: dict[str, Any] | str = "softmax, renormalized", **config: Any) -> MoEFeedForward:
+    """A layer of width 8 whose router, given by its config or its name in `ROUTERS`, has opinions."""
+    router = ROUTERS[router] if isinstance(router, str) else router
+    layer = MoEFeedForward(ExpertsConfig(router=router, **{"count": 4, "width": 16, **config}), width=8)
+    with_opinions(layer.router)
     return layer
 
 
-def assert_matches_oracle(layer: MoEFeedForward, x: Tensor) -> None:
+def assert_matches_oracle(layer: MoEFeedForward, x: Tensor, lengths: list[int] | None = None) -> None:
     """Output, statistics, and the gradient of x and of every parameter under random upstream gradients."""
+    tokens = tokens_of(lengths or [len(x)])
     inputs = {"x": x, **dict(layer.named_parameters())}
-    fast, slow = layer(x), oracles.moe_feed_forward(layer, x)
+    fast, slow = layer(x, tokens), oracles.moe_feed_forward(layer, x, tokens)
     assert_close(fast[0], slow[0])
-    assert_close(fast[1]._asdict(), slow[1]._asdict())
-
-    def differentiable(y: Tensor, stats: RoutingStats) -> list[Tensor]:
-        return [y, stats.prob_sum, stats.lse_sq_sum]
-
-    upstream = oracles.random_like(*differentiable(*fast))
-    fast_grads = oracles.gradients(differentiable(*fast), inputs, upstream)
-    slow_grads = oracles.gradients(differentiable(*slow), inputs, upstream)
+    assert_close(fast[1]._asdict(), slow[1]._asdict(), rtol=1e-5, atol=1e-5)
+    outputs = [[y, *oracles.differentiable(stats)] for y, stats in (fast, slow)]
+    upstream = oracles.random_like(*outputs[0])
+    fast_grads, slow_grads = (oracles.gradients(out, inputs, upstream) for out in outputs)
     assert_close(fast_grads, slow_grads, rtol=1e-4, atol=1e-5)
 
 
@@ -46,23 +47,25 @@ CONFIGS = [
     {"activation": "geglu"},
     {"activation": "gelu", "shared_width": 12},
     {"activation": "swiglu", "shared_width": 12},
-    {"router": {"top_k": 1, "renormalize": False}},
-    {"router": {"top_k": 3}},
-    {"router": {"top_k": 4}},
-    {"router": {"top_k": 4, "renormalize": False}},
-    {"router": {"top_k": 1, "renormalize": False}, "count": 1},
-    {"router": {"top_k": 2, "selection_bias": {}}},
-    {"router": {"top_k": 1, "renormalize": False, "capacity": {"train": 0.5}}},
-    {"router": {"top_k": 2, "capacity": {"train": 0.6}}, "shared_width": 8, "activation": "geglu"},
-    {"router": {"top_k": 3, "capacity": {"train": 0.6, "order": "position"}}, "activation": "swiglu"},
-    {"router": {"top_k": 2, "capacity": {"train": 8.0}}},  # room for all
+    {"router": TOP_1, "count": 1},
+    {"router": "capacity by probability", "shared_width": 8, "activation": "geglu"},
+    {"router": {"kind": "token_choice", "capacity": {"train": 8.0}}},  # room for all
+    {"router": "expert choice by sequence", "shared_width": 8, "activation": "swiglu"},
 ]
 
 
 @pytest.mark.usefixtures("uninitialised_is_nan")
 @pytest.mark.parametrize("backend", ["loop", "torch"])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_values_and_all_gradients_match_the_oracle_for_every_router(name: str, backend: str, x: Tensor) -> None:
+    router = {key: value for key, value in ROUTERS[name].items() if key != "noise"}
+    assert_matches_oracle(layer_of(router, count=8, backend=backend), x, [4, 0, 6])
+
+
+@pytest.mark.usefixtures("uninitialised_is_nan")
+@pytest.mark.parametrize("backend", ["loop", "torch"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_values_and_all_gradients_match_the_oracle(config: dict, backend: str, x: Tensor) -> None:
+def test_values_and_all_gradients_match_the_oracle_for_every_layer(config: dict, backend: str, x: Tensor) -> None:
     assert_matches_oracle(layer_of(**config, backend=backend), x)
 
 
@@ -75,7 +78,7 @@ def test_few_tokens_leave_most_experts_idle_with_zero_gradients(tokens: int, bac
 @pytest.mark.parametrize("backend", ["loop", "torch"])
 def test_no_tokens_give_every_parameter_a_zero_gradient(backend: str) -> None:
     layer = layer_of(backend=backend, shared_width=8)
-    y, stats = layer(torch.zeros(0, 8, requires_grad=True))
+    y, stats = layer(torch.zeros(0, 8, requires_grad=True), tokens_of([0]))
     assert y.shape == (0, 8)
     assert stats.tokens == 0
     grads = oracles.gradients(y, dict(layer.named_parameters()), [torch.zeros(0, 8)])
@@ -89,10 +92,11 @@ def test_input_of_any_strides() -> None:
 
 @pytest.mark.parametrize("backend", ["loop", "torch"])
 def test_used_twice_in_one_graph_gradients_add_up(backend: str, x: Tensor) -> None:
-    layer = layer_of(backend=backend, router={"renormalize": False})
+    layer = layer_of(backend=backend, router="softmax, plain")
     inputs = {"x": x, **dict(layer.named_parameters())}
-    fast = layer(layer(x)[0])[0]
-    slow = oracles.moe_feed_forward(layer, oracles.moe_feed_forward(layer, x)[0])[0]
+    tokens = tokens_of([10])
+    fast = layer(layer(x, tokens)[0], tokens)[0]
+    slow = oracles.moe_feed_forward(layer, oracles.moe_feed_forward(layer, x, tokens)[0], tokens)[0]
     upstream = oracles.random_like(fast)
     assert_close(fast, slow)
     assert_close(
@@ -107,7 +111,8 @@ def test_used_twice_in_one_graph_gradients_add_up(backend: str, x: Tensor) -> No
 def test_a_sum_of_outputs_can_be_differentiated(backend: str, x: Tensor) -> None:
     layer = layer_of(backend=backend)
     inputs = {"x": x, **dict(layer.named_parameters())}
-    fast, slow = layer(x)[0].sum(), oracles.moe_feed_forward(layer, x)[0].sum()
+    tokens = tokens_of([10])
+    fast, slow = layer(x, tokens)[0].sum(), oracles.moe_feed_forward(layer, x, tokens)[0].sum()
     upstream = [torch.tensor(1.0)]
     assert_close(oracles.gradients(fast, inputs, upstream), oracles.gradients(slow, inputs, upstream))
 
@@ -117,9 +122,10 @@ def test_a_sum_of_outputs_can_be_differentiated(backend: str, x: Tensor) -> None
 def test_autocast_computes_experts_in_bfloat16_and_stays_close(activation: str, backend: str, x: Tensor) -> None:
     layer = layer_of(activation=activation, backend=backend, shared_width=8)
     inputs = {"x": x, **dict(layer.named_parameters())}
-    slow, stats = oracles.moe_feed_forward(layer, x)
+    tokens = tokens_of([10])
+    slow, stats = oracles.moe_feed_forward(layer, x, tokens)
     with torch.autocast("cpu", torch.bfloat16):
-        fast, fast_stats = layer(x)
+        fast, fast_stats = layer(x, tokens)
     upstream = torch.randn_like(slow)
     assert fast.dtype == torch.bfloat16
     assert_close(fast_stats._asdict(), stats._asdict())  # the router stays in float32
@@ -130,18 +136,54 @@ def test_autocast_computes_experts_in_bfloat16_and_stays_close(activation: str, 
 
 
 def test_a_token_with_every_assignment_dropped_gets_exactly_zero() -> None:
-    layer = layer_of(router={"top_k": 1, "renormalize": False, "capacity": {"train": 0.4}})
+    layer = layer_of({**TOP_1, "capacity": {"train": 0.4}})
     x = torch.randn(1, 8).repeat(10, 1)  # ten equal tokens want one expert, which has one slot
-    y, stats = layer(x)
+    y, stats = layer(x, tokens_of([10]))
     assert stats.dropped.sum() == 9
     assert y[0].abs().max() > 0.01
     assert torch.equal(y[1:], torch.zeros(9, 8))
 
 
 def test_equal_experts_and_renormalized_gates_are_one_dense_network(x: Tensor) -> None:
-    layer = layer_of(router={"top_k": 3})
+    layer = layer_of({"kind": "token_choice", "top_k": 3})
     with torch.no_grad():
         layer.experts.up.copy_(layer.experts.up[:1].expand_as(layer.experts.up))
         layer.experts.down.copy_(layer.experts.down[:1].expand_as(layer.experts.down))
     dense = torch.stack([oracles.activate(t @ layer.experts.up[0], "gelu") for t in x]) @ layer.experts.down[0]
-    assert_close(layer(x)[0], dense)
+    assert_close(layer(x, tokens_of([10]))[0], dense)
+
+
+def test_a_token_that_nobody_chose_gets_exactly_zero_and_no_gradient_from_the_experts() -> None:
+    layer = layer_of({"kind": "expert_choice", "factor": 0.25})
+    x = torch.randn(10, 8, requires_grad=True)
+    y, stats = layer(x, tokens_of([10]))
+    assert stats.assigned.tolist() == [1] * 4
+    assert stats.dropped.sum() == 0
+    idle = (y == 0).all(1)
+    assert idle.sum() >= 6
+    grad = torch.autograd.grad(y, x, torch.randn_like(y))[0]
+    assert torch.equal(grad[idle], torch.zeros(int(idle.sum()), 8))
+
+
+def test_jitter_never_reaches_the_experts_input() -> None:
+    # One expert and its gate always 1: whatever the router's noise, the layer is that expert.
+    noisy = {**TOP_1, "noise": {"kind": "jitter", "amount": 0.9}}
+    layer, x = layer_of(noisy, count=1), torch.randn(10, 8)
+    dense = torch.stack([oracles.activate(t @ layer.experts.up[0], "gelu") for t in x]) @ layer.experts.down[0]
+    assert_close(layer(x, tokens_of([10]))[0], dense)
+
+
+@pytest.mark.parametrize("backend", ["loop", "torch"])
+def test_takes_a_substitute_router(backend: str, x: Tensor) -> None:
+    layer, tokens = layer_of(backend=backend), tokens_of([10])
+    layer.router = oracles.RandomRouting(num_choices=4, top_k=3)
+    torch.manual_seed(7)
+    y, stats = layer(x, tokens)
+    torch.manual_seed(7)
+    routing = layer.router(x, tokens)
+    assert stats.assigned.sum() == 30
+    written = []
+    for token, choices, weights in zip(x, routing.choices.tolist(), routing.weights, strict=True):
+        outs = [oracles.activate(token @ layer.experts.up[e], "gelu") @ layer.experts.down[e] for e in choices]
+        written.append(weights @ torch.stack(outs))
+    assert_close(y, torch.stack(written))

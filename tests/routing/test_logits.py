@@ -1,0 +1,98 @@
+"""Router logits: centring, jitter, noise of a learned scale, and float32 throughout."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from routing import CentringConfig, GaussianNoiseConfig, JitterConfig
+from routing.logits import RouterLogits
+from tests.oracles import gradients, random_like, raw_logits
+
+
+def logits_of(width: int = 8, num_choices: int = 4, noise=None, centring=None) -> RouterLogits:
+    logits = RouterLogits(width, num_choices, noise, centring)
+    for tensor in (*logits.parameters(), *logits.buffers()):
+        torch.nn.init.normal_(tensor)
+    return logits
+
+
+@pytest.mark.parametrize("centring", [None, CentringConfig()], ids=["plain", "centred"])
+def test_values_and_gradients_match_the_loop(centring: CentringConfig | None) -> None:
+    logits, x = logits_of(centring=centring), torch.randn(12, 8, requires_grad=True)
+    fast, slow = logits(x), torch.stack([raw_logits(logits, token) for token in x])
+    inputs, upstream = {"x": x, "weight": logits.weight}, random_like(fast)
+    assert_close(fast, slow)
+    assert_close(gradients(fast, inputs, upstream), gradients(slow, inputs, upstream))
+
+
+def test_centring_literal() -> None:
+    logits = RouterLogits(2, 2, None, CentringConfig())
+    torch.nn.init.eye_(logits.weight)
+    assert logits(torch.tensor([[3.0, 4.0]])).tolist() == [[3, 4]]  # the centre starts at zero
+    logits.center.copy_(torch.tensor([1.0, 5.0]))
+    assert logits(torch.tensor([[3.0, 4.0]])).tolist() == [[2, -1]]
+
+
+def test_jitter_is_for_training_only_and_never_reaches_the_callers_x() -> None:
+    logits, x = logits_of(noise=JitterConfig(amount=0.3)), torch.randn(500, 8)
+    before, plain = x.clone(), F.linear(x, logits.weight)
+    assert (logits(x) - plain).abs().max() > 0.1
+    assert not torch.equal(logits(x), logits(x))
+    assert torch.equal(logits.eval()(x), plain)
+    assert torch.equal(x, before)
+
+
+def test_jitter_multiplies_each_channel_by_a_factor_within_its_bounds() -> None:
+    logits = logits_of(width=4, noise=JitterConfig(amount=0.25))
+    torch.nn.init.eye_(logits.weight)
+    factors = logits(torch.ones(2000, 4))  # the jittered x itself
+    assert 0.75 <= factors.min() < 0.76
+    assert 1.24 < factors.max() <= 1.25
+    assert abs(factors.mean() - 1) < 0.01
+    assert (factors[:, 0] - factors[:, 1]).abs().max() > 0.3  # each its own
+
+
+def test_gaussian_noise_has_the_scale_that_is_learned_and_is_for_training_only() -> None:
+    logits, x = logits_of(noise=GaussianNoiseConfig()), torch.randn(1, 8)
+    many, plain = x.expand(20_000, 8), F.linear(x, logits.weight)[0]
+    scale = F.softplus(F.linear(x, logits.noise_weight))[0]
+    noise = logits(many) - plain
+    assert_close(noise.std(0), scale, rtol=0.03, atol=0)
+    assert (noise.mean(0).abs() < 0.03 * scale).all()
+    assert torch.equal(logits.eval()(x)[0], plain)
+
+
+def test_gaussian_noise_gradients_match_the_formula() -> None:
+    logits, x = logits_of(noise=GaussianNoiseConfig()), torch.randn(12, 8, requires_grad=True)
+    torch.manual_seed(3)
+    fast = logits(x)
+    torch.manual_seed(3)
+    slow = x @ logits.weight.T + torch.randn(12, 4) * (x @ logits.noise_weight.T).exp().log1p()
+    inputs, upstream = {"x": x, **dict(logits.named_parameters())}, random_like(fast)
+    assert_close(fast, slow)
+    assert_close(gradients(fast, inputs, upstream), gradients(slow, inputs, upstream))
+
+
+def test_noise_starts_alike_for_all_choices() -> None:
+    logits = RouterLogits(8, 4, GaussianNoiseConfig(), None)
+    assert torch.equal(logits.noise_weight, torch.zeros(4, 8))
+
+
+@pytest.mark.parametrize("centring", [None, CentringConfig()], ids=["plain", "centred"])
+def test_arithmetic_is_float32_for_bfloat16_input_and_under_autocast(centring: CentringConfig | None) -> None:
+    logits, x = logits_of(centring=centring), torch.randn(12, 8).bfloat16()
+    expected = logits(x.float())
+    assert torch.equal(logits(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits(x), expected)
+    assert logits.bfloat16()(x).dtype == torch.float32
+
+
+def test_initialisation_is_truncated_normal_of_scale_a_tenth() -> None:
+    weight = RouterLogits(1000, 64, None, None).weight
+    std = 0.01  # sqrt(0.1 / 1000)
+    assert weight.abs().max() <= 2 * std
+    # Truncation at two deviations leaves 0.8796 of the deviation.
+    assert_close(weight.std(), torch.tensor(0.8796 * std), rtol=0.02, atol=0)
+    assert abs(weight.mean()) < 1e-4
