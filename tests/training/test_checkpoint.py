@@ -103,9 +103,10 @@ def test_a_checkpoint_holds_data_only(checkpoint: Path) -> None:
         "tokenizer.json",
     ]
     model, optimizer = (load_file(checkpoint / f"{name}.safetensors") for name in ("model", "optimizer"))
-    biases = {f"encoder.blocks.{n}.feed_forward.router.selection_bias" for n in (0, 1)}
-    assert biases <= model.keys()
-    assert optimizer.keys() == {f"{n}.{m}" for n in model.keys() - biases for m in ("exp_avg", "exp_avg_sq")}
+    routers = [f"encoder.blocks.{n}.feed_forward.router" for n in (0, 1)]
+    buffers = {f"{router}.{buffer}" for router in routers for buffer in ("selection_bias", "logits.center")}
+    assert buffers <= model.keys()
+    assert optimizer.keys() == {f"{n}.{m}" for n in model.keys() - buffers for m in ("exp_avg", "exp_avg_sq")}
     for name, moment in optimizer.items():
         assert moment.shape == model[name.rsplit(".", 1)[0]].shape
     assert list(load_file(checkpoint / "rng.safetensors")) == ["0.cpu"]
