@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test check format clean
 
 demo: .venv/installed
-	$(BIN)/moe pretrain configs/demo.yaml checkpoint.resume=never
+	$(BIN)/moe pretrain configs/demo.yaml
 
 # One thread per process: tests start several, and idle threads that spin cost more than they help.
 test: .venv/installed

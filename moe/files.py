@@ -62,7 +62,12 @@ def _replace_folder(source: Path, target: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     if target.exists():
         os.rename(target, aside)
-    os.rename(source, target)
+    try:
+        os.rename(source, target)
+    except OSError:
+        if aside.exists():
+            os.rename(aside, target)
+        raise
     shutil.rmtree(aside, ignore_errors=True)
 
 

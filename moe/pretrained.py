@@ -1,6 +1,7 @@
 """A model as a folder: config.json, model.safetensors and tokenizer.json. Nothing loaded can run code."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json
 
 
 def save_pretrained(
-    model: MaskedLM, folder: Path, tokenizer: str | None = None, tensors: dict[str, Tensor] | None = None
+    model: MaskedLM, folder: str | Path, tokenizer: str | None = None, tensors: dict[str, Tensor] | None = None
 ) -> None:
     """Write a model to a folder, whole or not at all; an older model there is replaced.
 
@@ -40,14 +41,14 @@ def save_pretrained(
         "encoder": model.config.model_dump(mode="json"),
     }
     state = model.state_dict() if tensors is None else tensors
-    with whole_folder(folder) as staging:
+    with whole_folder(Path(folder)) as staging:
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_tensors({name: t.detach().cpu().contiguous() for name, t in state.items()}, staging / WEIGHTS)
         if tokenizer is not None:
             (staging / TOKENIZER).write_text(tokenizer, encoding="utf-8")
 
 
-def from_pretrained(folder: Path) -> MaskedLM:
+def from_pretrained(folder: str | Path) -> MaskedLM:
     """Read a model that `save_pretrained` wrote, in evaluation mode, on the CPU, in its saved dtypes.
 
     Raises:
@@ -84,8 +85,15 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """`safetensors.save_file`, with its own error for a full disk turned into the system's."""
     try:
         save_file(tensors, path)
+        path.chmod(0o666 & ~_umask())  # safetensors makes it readable for its owner alone
     except SafetensorError as error:
         raise OSError(str(error)) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from training.config import RunConfig, differences
 from training.data.packing import DataPosition
 from training.engine import Ranks, gather_over_ranks, raise_together
 from training.optimizer_state import on_main_rank, whole_moments, whole_parameters
+from training.step import NonFiniteLoss
 
 FORMAT = 1
 MODEL = "model.safetensors"
@@ -47,6 +48,7 @@ class TrainState(NamedTuple):
     position: DataPosition  # of the next step
     initial_loss: float | None  # training loss of the first step
     recent_losses: list[float]  # and of the last ones, 50 at most
+    seconds: float  # spent in optimizer steps so far
     initial_eval_loss: float  # held-out loss before it
     data: str  # fingerprint of the training sequences, so that a position means the same ones
 
@@ -66,8 +68,10 @@ def save_checkpoint(engine: Any, run: RunConfig, state: TrainState, tokenizer: s
 
     Raises:
         UserError: if it can't be written; older checkpoints are untouched.
+        NonFiniteLoss: if a parameter isn't finite; nothing is written.
     """
     model = on_main_rank(whole_parameters(engine), ranks)
+    raise_together(_not_finite(model))
     optimizer = on_main_rank(whole_moments(engine), ranks)
     rng = _collect_rng(ranks)
     parent = Path(run.run_dir) / "checkpoints"
@@ -83,12 +87,13 @@ def save_checkpoint(engine: Any, run: RunConfig, state: TrainState, tokenizer: s
                 (staging / TOKENIZER).write_text(tokenizer, encoding="utf-8")
                 (staging / STATE).write_text(_as_json(state, staging), encoding="utf-8")
             write_file(parent / LATEST, folder.name + "\n")
-            for old in _by_age(parent)[run.checkpoint.keep :]:
-                if old != folder:
-                    shutil.rmtree(old, ignore_errors=True)
+            # Steps beyond this one are of a branch that was left by going back: not this run's to remove.
+            reached = [old for old in _by_age(parent) if old.name <= folder.name]
+            for old in reached[run.checkpoint.keep :]:
+                shutil.rmtree(old, ignore_errors=True)
         except UserError as failure:
             error = failure
-    raise_together(error, ranks)
+    raise_together(error)
     return folder
 
 
@@ -174,6 +179,11 @@ def restore_rng(saved: dict[str, Tensor], ranks: Ranks) -> None:
 def _train_state(recorded: dict[str, Any]) -> TrainState:
     state = TrainState(**recorded["train"])
     return state._replace(position=DataPosition(**recorded["train"]["position"]))
+
+
+def _not_finite(model: dict[str, Tensor]) -> NonFiniteLoss | None:
+    broken = [name for name, tensor in model.items() if not tensor.isfinite().all()]
+    return NonFiniteLoss(f"{broken[0]} and {len(broken) - 1} other tensors") if broken else None
 
 
 def _collect_rng(ranks: Ranks) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from training.process import tune_cpu
 
@@ -55,9 +56,9 @@ def _pretrain(options: argparse.Namespace) -> int:
     except NonFiniteLoss as error:
         if os.environ.get("RANK", "0") == "0":  # raised on every rank, told once
             print(
-                f"moe pretrain: the loss is not finite any more ({error}). Training stopped and saved nothing of it; "
-                f"the last good checkpoint is in {run.run_dir}/checkpoints. Lower optimizer.lr, or raise the "
-                "schedule's warmup, and start a new run_dir",
+                f"moe pretrain: training is not finite any more ({error}). It stopped and saved nothing of that; "
+                f"checkpoints in {run.run_dir}/checkpoints, if there are any, are from before. Lower optimizer.lr, or "
+                "raise the schedule's warmup, and start a new run_dir",
                 file=sys.stderr,
             )
         return 1
@@ -75,11 +76,22 @@ def _launch(options: argparse.Namespace) -> int:
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
     if not words:
         raise UserError("say what to launch after --, such as: moe launch --ranks 2 -- pretrain CONFIG.yaml")
+    if words[0] == "launch":
+        raise UserError("launch can't launch itself; say what to run, such as: -- pretrain CONFIG.yaml")
     command = _parser().parse_args(words)
     if command.run is _pretrain:
         load_run_config(command.config, command.overrides)  # a mistake is told once, not by every rank
     return launch(options.ranks, options.hostfile, words)
 
 
+def leave(code: int) -> NoReturn:
+    """End the process. A rank among others skips the destructors, where DeepSpeed's and gloo's threads may abort."""
+    if "WORLD_SIZE" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -52,7 +52,7 @@ class OptimizerConfig(Config):
     """AdamW (arXiv 1711.05101). Norms and biases don't decay."""
 
     lr: float = Field(default=1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
     max_grad_norm: float = Field(default=1.0, ge=0)  # 0: no clipping
@@ -89,6 +89,7 @@ class LogConfig(Config):
 
 # Of the DeepSpeed config, what the run's own sections decide.
 GENERATED = (
+    "train_batch_size",
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
     "gradient_clipping",
@@ -122,7 +123,7 @@ class RunConfig(Config):
     """One run. YAML path = attribute path."""
 
     run_dir: str
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63 - 2**20)  # ranks add theirs
     model: EncoderConfig = EncoderConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

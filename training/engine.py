@@ -1,14 +1,17 @@
 """DeepSpeed: process group, engine, and the config that it is given. The only module that imports it."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from routing.errors import UserError
 from training.config import OptimizerConfig, RunConfig
 
 # DeepSpeed settles its accelerator and log level when it is imported.
@@ -16,6 +19,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 
 import deepspeed
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import (
     logger as deepspeed_logger,
 )
@@ -25,6 +29,9 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     safe_set_local_optimizer_state,
 )
+
+# While the main rank prepares a corpus, which may take hours, the others wait for it.
+PATIENCE = timedelta(hours=12)
 
 
 class Ranks(NamedTuple):
@@ -97,26 +104,43 @@ class FailedElsewhere(RuntimeError):
 def main_first(ranks: Ranks) -> Iterator[None]:
     """The main rank runs the block, then the others do, finding what it left in caches. Collective.
 
-    If the main rank fails, so do all.
+    If any rank fails in it, so do all. The others wait for as long as `PATIENCE`, not as a training step's messages do.
     """
-    error = None
-    if ranks.is_main:
-        try:
-            yield
-        except Exception as failure:
-            error = failure
-    raise_together(error, ranks)
+    group = dist.new_group(backend="gloo", timeout=PATIENCE) if ranks.world > 1 else None
+    error: Exception | None = None
     if not ranks.is_main:
+        raise_together(None, group)
+    try:
         yield
+    except Exception as failure:
+        error = failure
+    raise_together(error, group)
+    if ranks.is_main:
+        raise_together(None, group)
+    if group is not None:
+        dist.destroy_process_group(group)
 
 
-def raise_together(error: Exception | None, ranks: Ranks) -> None:
+def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
     """Raise on every rank if any has an error: its own, or `FailedElsewhere`. Collective."""
-    failed = sum_over_ranks(torch.tensor([int(error is not None)], device=ranks.device))
+    failed = torch.tensor([int(error is not None)])
+    if dist.get_world_size() > 1:
+        on_gpu = group is None and dist.get_backend() == "nccl"
+        failed = failed.cuda() if on_gpu else failed
+        dist.all_reduce(failed, group=group)
     if error is not None:
         raise error
     if int(failed):
         raise FailedElsewhere
+
+
+def refuse_difference(text: str, what: str, ranks: Ranks) -> None:
+    """Raise UserError on every rank unless `text` is the same on all of them. Collective."""
+    digest = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
+    digests = gather_over_ranks(torch.tensor([digest]), ranks)
+    different = [rank for rank, other in enumerate(digests) if not torch.equal(other, digests[0])]
+    if different:
+        raise UserError(f"ranks {different} have {what} other than rank 0's; give every machine the same")
 
 
 def deepspeed_config(run: RunConfig, accumulation: int) -> dict[str, Any]:
@@ -151,7 +175,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Matrices decay; norms, biases and other vectors don't."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    # A stacked bias is a matrix by shape but none in kind: ZeRO-3 hides shapes, so ask for the full one.
+    # ZeRO-3 hides a partitioned parameter's shape, so ask for the whole one's.
     matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
     vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
     groups = [
@@ -175,9 +199,14 @@ def build_engine(model: nn.Module, run: RunConfig, accumulation: int, ranks: Ran
         eps=run.optimizer.eps,
         fused=True,
     )
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config(run, accumulation), dist_init_required=False
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(run, accumulation), dist_init_required=False
+        )
+    except (ValueError, AssertionError, DeepSpeedConfigError) as error:
+        if not run.engine.deepspeed:
+            raise
+        raise UserError(f"DeepSpeed refuses engine.deepspeed {run.engine.deepspeed}: {error}") from error
     return engine
 
 

@@ -1,6 +1,7 @@
-"""Held-out loss and routing: deterministic, the same for any number of ranks."""
+"""Held-out loss and routing: deterministic, and with dropless routers the same for any number of ranks."""
 
 from collections.abc import Iterable
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from moe.batch import pack_lengths
 from routing import RoutingStats
 from training.data.packing import MaskedBatch
 from training.engine import Ranks, max_over_ranks
-from training.step import forward, reduce_over_ranks, sum_routing
+from training.step import NonFiniteLoss, forward, reduce_over_ranks, sum_routing
 
 
 class Evaluation(NamedTuple):
@@ -20,7 +21,11 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(engine: Any, batches: Iterable[MaskedBatch], ranks: Ranks) -> Evaluation:
-    """Masked-language-model loss over all ranks' batches. Collective; leaves the engine in training mode."""
+    """Masked-language-model loss over all ranks' batches. Collective; leaves the engine in training mode.
+
+    Raises:
+        NonFiniteLoss: on all ranks.
+    """
     mine = list(batches)
     # ZeRO-3 gathers parameters in every forward, so all ranks make equally many: the last ones may be empty.
     mine += [_EMPTY] * (max_over_ranks(len(mine), ranks) - len(mine))
@@ -29,14 +34,17 @@ def evaluate(engine: Any, batches: Iterable[MaskedBatch], ranks: Ranks) -> Evalu
     engine.eval()
     for batch in mine:
         output = forward(engine, batch, ranks)
-        loss = F.cross_entropy(output.logits.float(), batch.targets.to(ranks.device), reduction="sum")
-        totals["loss"] += loss.double().cpu()
+        summed = F.cross_entropy(output.logits.float(), batch.targets.to(ranks.device), reduction="sum")
+        totals["loss"] += summed.double().cpu()
         totals["targets"] += len(batch.targets)
         routing.append(output.routing)
     engine.train()
     totals = {name: total.to(ranks.device) for name, total in totals.items()}
     values, stats = reduce_over_ranks(totals, sum_routing(routing))
-    return Evaluation(values["loss"] / max(values["targets"], 1.0), stats)
+    loss = values["loss"] / max(values["targets"], 1.0)
+    if not isfinite(loss):
+        raise NonFiniteLoss(f"held-out loss = {loss}")
+    return Evaluation(loss, stats)
 
 
 _NONE = torch.zeros(0, dtype=torch.int64)

@@ -5,8 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -31,7 +30,7 @@ def launch(ranks: int | None, hostfile: Path | None, command: list[str]) -> int:
     if ranks is None:
         ranks = gpus
     if ranks < 1:
-        raise UserError("there is no GPU here to count ranks by; say how many processes to start with --ranks N")
+        raise UserError(f"{ranks} processes can't be started; say how many with --ranks N (by default one per GPU)")
     if hostfile is not None and not hostfile.is_file():
         raise UserError(f"the hostfile {hostfile} does not exist")
     words = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--no_local_rank"]
@@ -47,33 +46,40 @@ def launch(ranks: int | None, hostfile: Path | None, command: list[str]) -> int:
     # In a session of its own, so that Ctrl-C reaches the ranks through us, once, and not the launcher, which
     # would kill them.
     launcher = subprocess.Popen(words, env=environment, start_new_session=True)
-    with _stop_passed_on(launcher, several_machines=hostfile is not None):
-        return launcher.wait()
+    asked = 0
 
-
-@contextmanager
-def _stop_passed_on(launcher: subprocess.Popen[bytes], several_machines: bool) -> Iterator[None]:
-    """Ask the ranks to save and leave at the first Ctrl-C or SIGTERM; kill what is left at the second."""
-    asked = False
-
-    def pass_on(signum: int, frame: FrameType | None) -> None:
+    def count(signum: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if asked:
-            os.killpg(launcher.pid, signal.SIGKILL)
-        elif several_machines:  # the launcher knows the way to the other machines
-            launcher.terminate()
-        else:
-            for child in psutil.Process(launcher.pid).children():
-                for rank in child.children():
-                    rank.terminate()
-        asked = True
+        asked += 1
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        passed_on = False
+        while launcher.poll() is None:
+            if asked > 1:  # somebody doesn't want to wait
+                os.killpg(launcher.pid, signal.SIGKILL)
+            elif asked and not passed_on:
+                passed_on = _ask_to_stop(launcher.pid, several_machines=hostfile is not None)
+            time.sleep(0.1)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    return launcher.returncode
+
+
+def _ask_to_stop(launcher: int, several_machines: bool) -> bool:
+    """Ask the ranks to save and leave; False if there are none yet."""
+    try:
+        process = psutil.Process(launcher)
+        if several_machines:  # the launcher knows the way to the other machines
+            process.terminate()
+            return True
+        ranks = [rank for child in process.children() for rank in child.children()]
+        for rank in ranks:
+            rank.terminate()
+        return bool(ranks)
+    except psutil.NoSuchProcess:  # it has just ended
+        return True
 
 
 def _free_port() -> int:

@@ -1,6 +1,7 @@
 """The training loop: step, report, evaluate, save, and leave cleanly when asked to."""
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -23,6 +24,8 @@ class StopRequest:
         self.asked = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if self.asked:  # again: somebody doesn't want to wait for the step's end
+            raise KeyboardInterrupt
         self.asked = True
 
 
@@ -68,6 +71,7 @@ def train(
             lr = run.optimizer.lr * learning_rate_factor(run.optimizer.schedule, state.step, max_steps)
             for group in engine.optimizer.param_groups:
                 group["lr"] = lr
+            start = time.perf_counter()
             result = train_step(engine, stream.next_step(), run.objective, ranks, state.step, request.asked)
             loss = result.parts["masked_lm"]
             state = state._replace(
@@ -76,10 +80,10 @@ def train(
                 position=stream.position,
                 initial_loss=loss if state.initial_loss is None else state.initial_loss,
                 recent_losses=[*state.recent_losses, loss][-50:],
+                seconds=state.seconds + time.perf_counter() - start,
             )
             if log:
-                log.step(state.step, result, lr)
-                log.pause()
+                log.step(state.step, result, lr, time.perf_counter() - start)
             ends = state.step == max_steps
             if ends or result.stop_requested or state.step % run.checkpoint.every == 0:
                 save(state)
@@ -89,6 +93,4 @@ def train(
                 evaluation = evaluate()
                 if log:
                     log.evaluation(state.step, evaluation)
-            if log:
-                log.resume()
     return state, evaluation or evaluate()

@@ -1,7 +1,7 @@
 """What a run reports: TensorBoard for the record, the console for the person in front of it."""
 
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,6 +16,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from routing import RoutingReport, RoutingStats, add_stats, report
+from routing.errors import UserError
 from training.evaluate import Evaluation
 from training.step import StepResult
 
@@ -28,13 +29,16 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, every: int, first_step: int, max_steps: int, console: Console) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+        self._lost = False  # whether the record could not be written, which doesn't stop a run
         self._every = every
         self._console = console
         self._window: list[StepResult] = []
-        self._tokens = 0  # since the log began
-        self._seconds = 0.0
-        self._since = time.perf_counter()
+        self._seconds: list[float] = []  # of the window's steps
+        self._lr = 0.0
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -55,61 +59,67 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        self._writer.close()
+        with self._recording():
+            if self._window:
+                self._write_window()
+            self._writer.close()
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Of training alone, evaluation and checkpoints left out, since the log began."""
-        return self._tokens / self._seconds if self._seconds else 0.0
-
-    def pause(self) -> None:
-        """What happens until the next `resume` isn't training: don't count its time."""
-        self._seconds += time.perf_counter() - self._since
-
-    def resume(self) -> None:
-        self._since = time.perf_counter()
-
-    def step(self, step: int, result: StepResult, lr: float) -> None:
-        """Record one optimizer step."""
+    def step(self, step: int, result: StepResult, lr: float, seconds: float) -> None:
+        """Record one optimizer step, which took so long."""
+        self._step, self._lr = step, lr
         self._window.append(result)
-        self._tokens += result.tokens
-        self.pause()
-        self.resume()
-        loss = result.parts["masked_lm"]
-        self._progress.update(self._task, completed=step, description=self._line(loss, result.routing))
+        self._seconds.append(seconds)
+        self._progress.update(self._task, completed=step, description=self._line())
         if step % self._every == 0:
-            self._write_window(step, lr)
+            if not self._console.is_terminal:
+                self._console.print(f"step {step}: {self._line()}")
+            with self._recording():
+                self._write_window()
+            self._window, self._seconds = [], []
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Record a held-out evaluation."""
-        self._writer.add_scalar("loss/held_out", evaluation.loss, step)
-        reports = {name: report(stats) for name, stats in evaluation.routing.items()}
-        for name, figures in reports.items():
-            _write_report(self._writer, f"routing_held_out/{name}", figures, step)
-        if reports:
-            self._writer.add_image("routing_held_out/load", load_image(reports), step, dataformats="HWC")
+        with self._recording():
+            self._writer.add_scalar("loss/held_out", evaluation.loss, step)
+            reports = {name: report(stats) for name, stats in evaluation.routing.items()}
+            for name, figures in reports.items():
+                _write_report(self._writer, f"routing_held_out/{name}", figures, step)
+            if reports:
+                self._writer.add_image("routing_held_out/load", load_image(reports), step, dataformats="HWC")
         self._console.print(f"step {step}: held-out loss {evaluation.loss:.4f}")
 
-    def _line(self, loss: float, routing: Mapping[str, RoutingStats]) -> str:
-        worst = max((report(stats).max_over_mean for stats in routing.values()), default=None)
-        balance = "" if worst is None else f"  worst max/mean {worst:.2f}"
-        return f"loss {loss:.3f}  {self.tokens_per_second:,.0f} tokens/s{balance}"
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """A record that can't be written is told once, and training goes on."""
+        try:
+            yield
+        except OSError as error:
+            if not self._lost:
+                self._console.print(f"TensorBoard's record can't be written any more: {error.strerror or error}")
+            self._lost = True
 
-    def _write_window(self, step: int, lr: float) -> None:
+    def _line(self) -> str:
         last = self._window[-1]
+        worst = max((report(stats).max_over_mean for stats in last.routing.values()), default=None)
+        balance = "" if worst is None else f"  worst max/mean {worst:.2f}"
+        return f"loss {last.parts['masked_lm']:.3f}  {self._tokens_per_second():,.0f} tokens/s{balance}"
+
+    def _tokens_per_second(self) -> float:
+        """Over the window, of optimizer steps alone."""
+        return sum(result.tokens for result in self._window) / sum(self._seconds)
+
+    def _write_window(self) -> None:
+        last, step = self._window[-1], self._step
         for name in last.parts:
             value = float(np.mean([result.parts[name] for result in self._window]))
             self._writer.add_scalar(f"loss/{name}", value, step)
-        self._writer.add_scalar("optimizer/learning_rate", lr, step)
+        self._writer.add_scalar("optimizer/learning_rate", self._lr, step)
         self._writer.add_scalar("optimizer/gradient_norm", last.grad_norm, step)
-        self._writer.add_scalar("speed/tokens_per_second", self.tokens_per_second, step)
+        self._writer.add_scalar("speed/tokens_per_second", self._tokens_per_second(), step)
         for name, stats in last.routing.items():
             _write_report(self._writer, f"routing_step/{name}", report(stats), step)
             window = add_stats([result.routing[name] for result in self._window])
             _write_report(self._writer, f"routing_window/{name}", report(window), step)
-        if not self._console.is_terminal:
-            self._console.print(f"step {step}: {self._line(last.parts['masked_lm'], last.routing)}")
-        self._window = []
 
 
 def _write_report(writer: SummaryWriter, prefix: str, figures: RoutingReport, step: int) -> None:

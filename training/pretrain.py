@@ -38,7 +38,7 @@ from training.data.packing import (
 )
 from training.data.prepare import PreparedData, prepare
 from training.data.tokenizer import Vocabulary, vocabulary
-from training.engine import Ranks, build_engine, main_first, start_processes
+from training.engine import Ranks, build_engine, main_first, refuse_difference, start_processes
 from training.evaluate import Evaluation, evaluate
 from training.loop import train
 from training.metrics import RunLog, routing_table
@@ -112,6 +112,8 @@ def pretrain(run: RunConfig) -> Summary | None:
     """
     ranks = start_processes()
     console = Console(quiet=not ranks.is_main)
+    if not console.is_terminal:
+        console.width = 120  # a file has no width: don't fold its lines
     folder = Path(run.run_dir)
     with main_first(ranks):
         source = find_checkpoint(run)
@@ -121,16 +123,28 @@ def pretrain(run: RunConfig) -> Summary | None:
         fingerprint = _fingerprint(data.train)
         if checkpoint:
             _refuse_other_data(checkpoint, fingerprint)
+    refuse_difference(fingerprint, "training sequences", ranks)
+    engine, stream, evaluate_held_out = assemble(run, data, ranks, checkpoint.model if checkpoint else None)
+    with main_first(ranks):
         if ranks.is_main:
             _claim_run_dir(folder, run)
-    engine, stream, evaluate_held_out = assemble(run, data, ranks, checkpoint.model if checkpoint else None)
     before = evaluate_held_out()
-    state = TrainState(0, 0, stream.position, None, [], before.loss, fingerprint)
+    state = TrainState(
+        step=0,
+        tokens=0,
+        position=stream.position,
+        initial_loss=None,
+        recent_losses=[],
+        seconds=0.0,
+        initial_eval_loss=before.loss,
+        data=fingerprint,
+    )
     if checkpoint:
         state = checkpoint.state
         stream.position = state.position
         load_moments(engine, checkpoint.optimizer, state.step)
         restore_rng(checkpoint.rng, ranks)
+        del checkpoint  # two or three times the model's size
     entropy = unigram_entropy(data.held_out, words, run.train.evaluation_tokens)
     console.print(
         f"{folder}: encoder of {run.model.num_params():,} parameters, {run.model.num_active_params():,} active per "
@@ -143,6 +157,8 @@ def pretrain(run: RunConfig) -> Summary | None:
     if ranks.is_main:
         log = RunLog(folder / "tensorboard", run.log.every, state.step, run.train.max_steps, console)
     tokenizer = data.tokenizer.to_str(pretty=True)
+    if log and not state.step:
+        log.evaluation(0, before)
     with log or nullcontext():
         state, after = train(
             engine,
@@ -161,8 +177,8 @@ def pretrain(run: RunConfig) -> Summary | None:
     if log is None:
         return None
     save_pretrained(engine.module, folder / "model", tokenizer, weights)
-    summary = _summary(state, log, after, entropy, ranks)
-    write_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    summary = _summary(state, after, entropy, ranks)
+    write_file(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     console.print(routing_table(after.routing) if after.routing else "no routed layer")
     console.print(
         f"held-out loss {state.initial_eval_loss:.4f} -> {after.loss:.4f} nats; unigram entropy {entropy:.4f}\n"
@@ -184,18 +200,31 @@ def _fitting_vocabulary(data: PreparedData, run: RunConfig) -> Vocabulary:
 
 def _claim_run_dir(folder: Path, run: RunConfig) -> None:
     """Make the run's folder and write its config. A run that isn't to be resumed is moved aside, not lost."""
+    for name in ("checkpoints", "model", "tensorboard"):
+        if (folder / name).exists() and not (folder / name).is_dir():
+            raise UserError(f"{folder / name} is a file where the run keeps a folder; move it or change run_dir")
+    for name in ("config.yaml", "summary.json"):
+        if (folder / name).is_dir():
+            raise UserError(f"{folder / name} is a folder where the run keeps a file; move it or change run_dir")
     if run.checkpoint.resume == "never" and (folder / "checkpoints").exists():
+        folder = folder.resolve()
         n = 1
         while (aside := folder.with_name(f"{folder.name}.old-{n}")).exists():
             n += 1
-        folder.rename(aside)
+        try:
+            folder.rename(aside)
+        except OSError as error:
+            raise UserError(
+                f"cannot move {folder} aside to {aside.name}: {error.strerror}; choose another run_dir"
+            ) from error
     write_file(folder / "config.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
 
 
 def _fingerprint(sequences: Dataset) -> str:
-    """Says in short whether a data position means the same sequences as before."""
+    """Says in short whether a data position means the same sequences as before: all lengths, and some of the text."""
     lengths = sequence_lengths(sequences)
-    digest = hashlib.sha256(lengths.tobytes()).hexdigest()[:12]
+    sample = sequences.select(range(0, len(lengths), max(1, len(lengths) // 1000)))
+    digest = hashlib.sha256(lengths.tobytes() + json.dumps(sample["input_ids"][:]).encode()).hexdigest()[:12]
     return f"{len(lengths):,} training sequences, {lengths.sum():,} tokens ({digest})"
 
 
@@ -207,13 +236,13 @@ def _refuse_other_data(checkpoint: Checkpoint, fingerprint: str) -> None:
         )
 
 
-def _summary(state: TrainState, log: RunLog, after: Evaluation, entropy: float, ranks: Ranks) -> Summary:
+def _summary(state: TrainState, after: Evaluation, entropy: float, ranks: Ranks) -> Summary:
     """Losses in nats per target; routing of the worst layer on held-out text, null without routers."""
     reports = [report(stats) for stats in after.routing.values()]
     return {
         "steps": state.step,
         "tokens": state.tokens,
-        "tokens_per_second": round(log.tokens_per_second, 1),
+        "tokens_per_second": round(state.tokens / state.seconds, 1),  # of optimizer steps alone
         "initial_loss": state.initial_loss,  # training loss of the first step
         "final_loss": fmean(state.recent_losses),  # training loss, mean of the last steps
         "initial_eval_loss": state.initial_eval_loss,  # held-out
@@ -226,6 +255,7 @@ def _summary(state: TrainState, log: RunLog, after: Evaluation, entropy: float, 
 
 
 if __name__ == "__main__":
-    from training.cli import main
+    from training.cli import leave, main
 
-    sys.exit(main(["pretrain", *sys.argv[1:]]))
+    # DeepSpeed's launcher appends --local_rank=N unless it is told not to; the environment says it as well.
+    leave(main(["pretrain", *(word for word in sys.argv[1:] if not word.startswith("--local_rank"))]))

@@ -23,7 +23,7 @@ class NonFiniteLoss(RuntimeError):
 class StepResult(NamedTuple):
     """What an optimizer step did, summed over all ranks; the same on every rank."""
 
-    parts: dict[str, float]  # the loss's parts, without coefficients
+    parts: dict[str, float]  # the loss's parts, without coefficients, and with them their `total`
     grad_norm: float  # before clipping
     tokens: int
     routing: dict[str, RoutingStats]
@@ -75,6 +75,7 @@ def train_step(
         loss, shares = masked_lm_objective(output, targets, counts.targets, losses, totals, step)
         # The engine averages over ranks; the step's loss is the sum of the ranks' shares.
         engine.backward(loss * ranks.world, scale_wrt_gas=False)
+        shares["total"] = loss.detach()
         parts = {name: share + parts.get(name, 0.0) for name, share in shares.items()}
         routing.append(output.routing)
         if i < len(batches) - 1:

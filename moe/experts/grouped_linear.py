@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from routing.errors import UserError
+
 GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -64,11 +66,11 @@ def choose_backend(backend: Literal["auto", "loop", "torch"], inputs: int, outpu
     takes it where it can and `loop` elsewhere.
 
     Raises:
-        ValueError: if `torch` is asked for and cannot serve these widths.
+        UserError: if `torch` is asked for and cannot serve these widths.
     """
     fits = inputs % 8 == 0 and outputs % 8 == 0
     if backend == "torch" and not fits:
-        raise ValueError(
+        raise UserError(
             f"backend: torch needs widths that are multiples of 8, got model width {inputs} and expert width "
             f"{outputs}; choose such widths, or backend: auto"
         )

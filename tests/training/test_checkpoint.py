@@ -23,7 +23,7 @@ from training.step import train_step
 
 pytestmark = pytest.mark.usefixtures("alone")
 
-STATE = TrainState(0, 0, DataPosition(), None, [], 0.0, "")
+STATE = TrainState(0, 0, DataPosition(), None, [], 0.0, 0.0, "")
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_what_is_read_is_what_was_saved(tiny: dict[str, Any], alone: Ranks) -> N
     run = RunConfig.model_validate(tiny)
     engine, stream = assemble(run, alone)
     train_steps(engine, stream, run, alone, 2)
-    state = TrainState(2, 500, DataPosition(1, 7), 6.25, [6.25, 6.125], 6.5, "7 sequences")
+    state = TrainState(2, 500, DataPosition(1, 7), 6.25, [6.25, 6.125], 3.5, 6.5, "7 sequences")
     read = read_checkpoint(save_checkpoint(engine, run, state, "{}", alone), run)
     assert read.state == state
     assert isinstance(read.state.position, DataPosition)

@@ -64,7 +64,7 @@ def test_deepspeeds_own_launcher_starts_it(
     exact: dict[str, Any], write_config: Callable[[dict[str, Any]], Path]
 ) -> None:
     exact["train"]["max_steps"] = 1
-    words = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--no_local_rank"]
+    words = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
     words += ["--hostfile", os.devnull, "--master_port", str(free_port())]
     words += ["--module", "training.pretrain", str(write_config(exact))]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}

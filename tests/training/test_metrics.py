@@ -1,5 +1,6 @@
 """What a run shows: the figures of a step and of a window, a heat map, a table."""
 
+import errno
 import io
 import re
 from pathlib import Path
@@ -58,13 +59,14 @@ def test_experts_that_take_turns_look_collapsed_in_a_step_and_balanced_in_the_wi
     tmp_path: Path, console: Console
 ) -> None:
     with RunLog(tmp_path, every=2, first_step=0, max_steps=9, console=console) as log:
-        log.step(1, result(4.0, [8, 0]), lr=0.5)
+        log.step(1, result(4.0, [8, 0]), lr=0.5, seconds=2.0)
         assert not printed(console)
-        log.step(2, result(2.0, [0, 8], grad_norm=3.0), lr=0.25)
-        log.step(3, result(1.0, [2, 6]), lr=0.125)
+        log.step(2, result(2.0, [0, 8], grad_norm=3.0), lr=0.25, seconds=2.0)
+        log.step(3, result(1.0, [2, 6]), lr=0.125, seconds=2.0)
     curves = scalars(tmp_path)
-    assert curves["loss/masked_lm"] == [(2, 3.0)]  # mean of the window
-    assert curves["loss/z"] == [(2, 6.0)]
+    assert curves["loss/masked_lm"] == [(2, 3.0), (3, 1.0)]  # means of the windows, the last one cut short
+    assert curves["loss/z"] == [(2, 6.0), (3, 2.0)]
+    curves = {tag: points[:1] for tag, points in curves.items()}
     assert curves["optimizer/learning_rate"] == [(2, 0.25)]
     assert curves["optimizer/gradient_norm"] == [(2, 3.0)]
     assert curves["routing_step/0.experts/max_over_mean"] == [(2, 2.0)]
@@ -82,7 +84,7 @@ def test_experts_that_take_turns_look_collapsed_in_a_step_and_balanced_in_the_wi
 def test_windows_do_not_overlap(tmp_path: Path, console: Console) -> None:
     with RunLog(tmp_path, every=2, first_step=0, max_steps=4, console=console) as log:
         for step, loss in enumerate([8.0, 4.0, 2.0, 1.0], 1):
-            log.step(step, result(loss, [1, 1]), lr=1.0)
+            log.step(step, result(loss, [1, 1]), lr=1.0, seconds=2.0)
     assert scalars(tmp_path)["loss/masked_lm"] == [(2, 6.0), (4, 1.5)]
 
 
@@ -90,24 +92,30 @@ def test_a_resumed_log_supersedes_what_was_written_after_its_checkpoint(tmp_path
     for first_step, loss in ((0, 4.0), (2, 1.0)):
         with RunLog(tmp_path, every=1, first_step=first_step, max_steps=4, console=console) as log:
             for step in range(first_step + 1, 5):
-                log.step(step, result(loss, [1, 1]), lr=1.0)
+                log.step(step, result(loss, [1, 1]), lr=1.0, seconds=2.0)
     assert scalars(tmp_path)["loss/masked_lm"] == [(1, 4.0), (2, 4.0), (3, 1.0), (4, 1.0)]
 
 
-def test_speed_counts_training_alone(tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr("time.perf_counter", lambda: now)
+def test_speed_is_of_the_windows_steps_alone(tmp_path: Path, console: Console) -> None:
+    with RunLog(tmp_path, every=2, first_step=0, max_steps=9, console=console) as log:
+        log.step(1, result(1.0, [3, 5]), lr=1.0, seconds=1.0)
+        log.step(2, result(1.0, [3, 5]), lr=1.0, seconds=3.0)
+        log.step(3, result(1.0, [3, 5]), lr=1.0, seconds=8.0)
+    assert scalars(tmp_path)["speed/tokens_per_second"] == [(2, 4.0), (3, 1.0)]
+
+
+def test_a_record_that_cannot_be_written_is_told_once_and_stops_nothing(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("training.metrics.SummaryWriter.add_scalar", full)
     with RunLog(tmp_path, every=1, first_step=0, max_steps=9, console=console) as log:
-        assert log.tokens_per_second == 0
-        now += 2
-        log.step(1, result(1.0, [3, 5]), lr=1.0)
-        assert log.tokens_per_second == 4
-        log.pause()
-        now += 1000  # an evaluation
-        log.resume()
-        now += 2
-        log.step(2, result(1.0, [3, 5]), lr=1.0)
-        assert log.tokens_per_second == 4
+        for step in (1, 2):
+            log.step(step, result(1.0, [3, 5]), lr=1.0, seconds=2.0)
+    assert printed(console).count("No space left on device") == 1
+    assert "step 2: loss 1.000" in printed(console)
 
 
 def test_an_evaluation_has_its_curves_and_its_image(tmp_path: Path, console: Console) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe import MaskedLM
 from training import step
+from training.cli import leave
 from training.config import RunConfig
 from training.data.packing import TrainingStream
 from training.data.prepare import prepare
@@ -102,3 +103,4 @@ def pretrain_all(out: str, *cases: str) -> None:
 
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])
+    leave(0)

@@ -15,6 +15,7 @@ _UNWRITABLE = {
     errno.EDQUOT,
     errno.ENOTDIR,
     errno.EEXIST,
+    errno.ENOENT,
 }
 
 
