@@ -186,7 +186,7 @@ def test_a_bad_config_is_told_before_anything_heavy_is_imported(tmp_path: Path) 
         ),
         pytest.param(
             ["--", "pretrain", "CONFIG"],
-            "there is no GPU here to count ranks by; say how many processes to start with --ranks N",
+            "0 processes can't be started; say how many with --ranks N (by default one per GPU)",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to count by"),
         ),
     ],
