@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import random
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,12 +24,16 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def interleaved_seconds(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each contender, taken in turn so that a drifting machine slows all alike."""
+    """Median seconds of each contender, taken in turns so that a drifting machine slows all alike.
+
+    Every turn has another order, so that none always finds the caches as the same neighbour left them.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    shuffled = random.Random(0)
     for turn in range(rounds + 2):
-        for name, run in contenders.items():
+        for name in shuffled.sample(sorted(contenders), len(contenders)):
             start = time.perf_counter()
-            run()
+            contenders[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn >= 2:  # warm
