@@ -1,8 +1,9 @@
 """What balances, and what it costs: one small encoder, trained alike under different routers on real text.
 
-Every arm starts from the same seed and sees the same batches. `step` is the load's max/mean of the worst layer in one
-optimizer step, median over the last fifth of the run; `window` is that of the same steps' sum (experts that take turns
-look balanced over a window); `held-out` is that of the held-out text at the end. `--plot FILE` draws the load per step.
+Every arm sees the same batches, once: one seed, so small differences in loss mean nothing. `step` is the load's
+max/mean of the worst layer in one optimizer step, median over the last fifth of the run; `window` is that of the same
+steps' sum (experts that take turns look balanced over a window); `held-out` is that of the held-out text at the end.
+`--plot FILE` draws the load per step.
 """
 
 from pathlib import Path
@@ -122,11 +123,14 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
     options = parser.parse_args()
+    if options.steps < 20:
+        parser.error(f"--steps {options.steps}: at least 20, to have something to take medians of")
     torch.set_num_threads(options.threads)
     ranks = start_processes()
     rows, loads = [], {}
-    for name in ARMS:
+    for name in options.only:
         row, loads[name] = train_arm(name, options.steps, ranks)
         rows.append(row)
         print(row, flush=True)

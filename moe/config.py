@@ -106,7 +106,7 @@ class EveryNth(Config):
 
 
 class BlockOverride(Config):
-    """What some layers are made of instead; what isn't given stays as it is."""
+    """What some layers are made of instead: an attention or feed-forward that is given replaces the block's whole."""
 
     layers: EveryNth | tuple[int, ...]
     attention: SoftmaxAttentionConfig | None = None

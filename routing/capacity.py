@@ -22,9 +22,10 @@ def keep_within_capacity(
 ) -> Tensor:
     """Mark the assignments that find a slot.
 
-    `probability`: a choice keeps the assignments with the highest probability (batch-prioritised, after arXiv
-    2106.05974, section 4.1); equal ones as by position. `position`: all first choices in token order, then
-    all second choices, and so on (GShard, arXiv 2006.16668, algorithm 1).
+    `probability`: a choice keeps the assignments with the highest probability, whatever their rank (`probs` policy of
+    Megatron-Core and DeepSpeed, after the batch priority of arXiv 2106.05974, which ranks whole tokens); equal ones as
+    by position. `position`: all first choices in token order, then all second choices, and so on (GShard, arXiv
+    2006.16668, algorithm 1).
 
     Args:
         choices: `[T, K]` int64.

@@ -103,7 +103,7 @@ class GroupLimitConfig(Config):
     chosen: int = Field(ge=1)
 
     @model_validator(mode="after")
-    def _some_are_left_out(self) -> "GroupLimitConfig":
+    def _there_are_so_many(self) -> "GroupLimitConfig":
         if self.chosen > self.count:
             raise ValueError(
                 f"groups.chosen is {self.chosen} but there are {self.count} groups; set groups.chosen to at most "
@@ -160,6 +160,11 @@ class TokenChoiceConfig(Config):
                 "scope: sequence gives a sequence few choices, and losses.sequence_balance forbids it that; remove "
                 "the loss or set scope: token"
             )
+        if self.scope == "sequence" and self.centring is not None:
+            raise ValueError(
+                "scope: sequence routes means of sequences, and centring would subtract the mean of tokens; remove "
+                "centring or set scope: token"
+            )
         if self.scope == "sequence" and self.capacity is not None:
             raise ValueError(
                 "scope: sequence with capacity would drop parts of a sequence, and which ones would depend on "
@@ -210,6 +215,15 @@ class ExpertChoiceConfig(Config):
     noise: NoiseConfig | None = None
     centring: CentringConfig | None = None
     losses: RoutingLossConfig = RoutingLossConfig(balance=0.0)  # load is balanced by construction
+
+    @model_validator(mode="after")
+    def _cannot_be_balanced(self) -> "ExpertChoiceConfig":
+        in_sequence = self.scope == "sequence" and self.losses.sequence_balance != 0
+        if self.losses.balance != 0 or in_sequence:
+            raise ValueError(
+                "every choice takes equally many tokens, so a balance loss could move nothing; leave it out"
+            )
+        return self
 
     def check(self, num_choices: int) -> None:
         """Raise ValueError if this router can't serve `num_choices`."""
@@ -266,8 +280,8 @@ class HashConfig(Config):
     """A token's id decides (arXiv 2106.04426): nothing is learnt. The baseline that learning must beat."""
 
     kind: Literal["hash"] = "hash"
-    top_k: int = Field(default=1, ge=1)
-    salt: int = Field(default=0, ge=0, lt=2**31)  # the upper half of 64 bits, ids being the lower
+    top_k: int = Field(default=1, ge=1, le=256)
+    salt: int = Field(default=0, ge=0, lt=2**20)  # the upper half of 64 bits, ids being the lower
     losses: RoutingLossConfig = RoutingLossConfig(balance=0.0, z=0.0)  # nothing is learnt
 
     @model_validator(mode="after")
@@ -301,6 +315,12 @@ class LearnedConfig(Config):
     top_k: int = Field(default=2, ge=1)
     gates: Literal["straight_through", "softmax"] = "straight_through"
     losses: RoutingLossConfig = RoutingLossConfig(balance=0.0)  # one opinion for all tokens can't be balanced
+
+    @model_validator(mode="after")
+    def _cannot_be_balanced(self) -> "LearnedConfig":
+        if self.losses.balance != 0 or self.losses.sequence_balance != 0:
+            raise ValueError("all tokens take the same choices, so no balance loss could move them; leave it out")
+        return self
 
     def check(self, num_choices: int) -> None:
         """Raise ValueError if this router can't serve `num_choices`."""

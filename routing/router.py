@@ -104,8 +104,9 @@ class ExpertChoice(nn.Module):
         count, num_choices = logits.shape
         with torch.autocast(x.device.type, enabled=False):
             probs = logits.softmax(-1)
-            whole = torch.tensor([0, count], dtype=torch.int32, device=x.device)
-            bounds = tokens.cu_seqlens if self.config.scope == "sequence" else whole
+            bounds = tokens.cu_seqlens
+            if self.config.scope == "batch":  # as if it were one sequence
+                bounds = torch.arange(2, dtype=torch.int32, device=x.device) * count
             taken = best_within_sequences(probs.detach(), bounds, self.config.factor)
             # From who takes a token to what a token takes: its takers by probability, then nobody.
             widest = num_choices if x.is_cuda else int(taken.sum(1).max()) if count else 0
@@ -144,7 +145,10 @@ class Threshold(nn.Module):
 
 
 class Hash(nn.Module):
-    """A token's id decides (arXiv 2106.04426). Gates are `1 / top_k`; there is nothing to learn."""
+    """A token's id decides, by one hash for each of its K choices (arXiv 2106.04426, "MultiHash").
+
+    Gates are `1 / top_k`; there is nothing to learn.
+    """
 
     def __init__(self, config: HashConfig, width: int, num_choices: int) -> None:
         super().__init__()
@@ -154,9 +158,13 @@ class Hash(nn.Module):
     def forward(self, x: Tensor, tokens: Tokens) -> Routing:
         """`[T, D]` (its values don't matter) -> Routing with K = `top_k`."""
         top = self.config.top_k
-        # K different choices: the first by the id's hash, the others by steps that never return to it.
-        first = _mix(tokens.ids + (self.config.salt << 32)) % self.num_choices
-        choices = (first[:, None] + torch.arange(top, device=x.device)) % self.num_choices
+        choices = tokens.ids.new_empty(len(tokens.ids), 0)
+        for k in range(top):
+            # The k-th hash points at one of the choices that are left; step over those taken before.
+            drawn = _mix(tokens.ids + ((self.config.salt << 8 | k) << 32)) % (self.num_choices - k)
+            for taken in choices.sort(dim=1).values.unbind(1):
+                drawn = drawn + (drawn >= taken)
+            choices = torch.cat([choices, drawn[:, None]], dim=1)
         logits = torch.zeros(len(choices), self.num_choices, device=x.device)  # no opinion
         kept = torch.ones_like(choices, dtype=torch.bool)
         weights = torch.full(choices.shape, 1 / top, device=x.device)

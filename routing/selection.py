@@ -91,8 +91,9 @@ def best_within_sequences(scores: Tensor, cu_seqlens: Tensor, factor: float) -> 
     order = ((sequence << 32) | falling).argsort(dim=1, stable=True)  # [E, T]
     # Sorting by sequence leaves every sequence's tokens in its own stretch.
     rank = torch.arange(tokens, device=scores.device) - cu_seqlens.long()[sequence]
-    exact = Fraction(str(factor)) / num_choices  # whole numbers only: no rounding decides who is taken
-    slots = -(-lengths * exact.numerator // exact.denominator)
+    # Whole numbers only, so that no rounding decides who is taken; limited so that products fit 64 bits.
+    exact = (Fraction(str(factor)) / num_choices).limit_denominator(10**6)
+    slots = (-(-lengths * exact.numerator // exact.denominator)).clamp(min=1)
     wins = rank < slots[sequence]  # [T] by place in the sorted order
     taken = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, wins.expand_as(order))
     return taken.t()

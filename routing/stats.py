@@ -35,7 +35,8 @@ def summarize(routing: Routing, cu_seqlens: Tensor | None = None, centred_input:
         dropped=none.scatter_add(0, flat, (chosen & ~kept).reshape(-1).long()),
         lse_sq_sum=lse.square().sum(),
         # -sum p log p with log p = logit - logsumexp: a dot product instead of another pass of logarithms
-        entropy_sum=-torch.dot(probs.reshape(-1), (logits - lse[:, None]).reshape(-1)),
+        # (below -1e4 a probability is 0 in float32, and 0 times an infinity would be NaN)
+        entropy_sum=-torch.dot(probs.reshape(-1), (logits - lse[:, None]).clamp(min=-1e4).reshape(-1)),
         tokens=torch.full((), tokens, dtype=torch.int64, device=logits.device),
         sequence_balance_sum=balance,
         sequences=sequences,
@@ -63,7 +64,8 @@ def load(assigned: Tensor) -> Tensor:
 
 
 def max_over_mean(assigned: Tensor) -> float:
-    """Load of the fullest choice over the mean load: 1 is perfect balance, E is collapse, 0 if no tokens."""
+    """Load of the fullest choice over the mean load: 1 is perfect balance, E / K collapse to the same K choices,
+    0 if there are no tokens."""
     return float(load(assigned).max() * assigned.numel())
 
 
@@ -71,7 +73,7 @@ class RoutingReport(NamedTuple):
     """What a person reads from the statistics of one router."""
 
     load: list[float]  # [E] share of the assignments, before capacity
-    max_over_mean: float  # 1: perfect balance; E: all to one choice
+    max_over_mean: float  # 1: perfect balance; E / K: all tokens take the same K
     entropy: float  # nats, mean over tokens of the router's probabilities; at most log E
     dropped_fraction: float  # of the assignments, by capacity
     dead: int  # choices that got no token

@@ -182,12 +182,15 @@ def hashed(router: Hash, tokens: Tokens) -> Routing:
     logits, gate = torch.zeros(num_choices), torch.tensor(1 / top_k)
     takes = []
     for token in tokens.ids.tolist():
-        mixed = token + router.config.salt * 2**32
-        for _ in range(2):
-            mixed = (mixed ^ (mixed >> 31)) * 0x5851F42D4C957F2D
-            mixed = (mixed + 2**63) % 2**64 - 2**63  # as 64 signed bits
-        first = (mixed >> 33) % 2**30 % num_choices
-        takes.append([((first + k) % num_choices, gate) for k in range(top_k)])
+        left = list(range(num_choices))
+        taken = []
+        for k in range(top_k):
+            mixed = token + (router.config.salt * 256 + k) * 2**32
+            for _ in range(2):
+                mixed = (mixed ^ (mixed >> 31)) * 0x5851F42D4C957F2D
+                mixed = (mixed + 2**63) % 2**64 - 2**63  # as 64 signed bits
+            taken.append(left.pop((mixed >> 33) % 2**30 % len(left)))
+        takes.append([(choice, gate) for choice in taken])
     return routing_of([logits] * len(takes), [softmax(logits)] * len(takes), takes)
 
 

@@ -103,12 +103,16 @@ def router_of(config: dict[str, Any] | str, width: int = WIDTH, num_choices: int
 
 
 def with_losses(name: str) -> dict[str, Any]:
-    """The config of a name with every loss on that it takes: hash takes none, sequence scope none within sequences."""
+    """The config of a name with every loss on that it takes: hash takes none, others none that could move nothing."""
     config = ROUTERS[name]
     if config["kind"] == "hash":
         return config
-    by_sequence = config["kind"] == "token_choice" and config.get("scope") == "sequence"
-    return {**config, "losses": {**ALL_LOSSES, **({"sequence_balance": 0.0} if by_sequence else {})}}
+    balanced = config["kind"] in ("expert_choice", "learned")
+    by_sequence = config.get("scope", "sequence" if config["kind"] == "expert_choice" else "token") == "sequence"
+    dead = {"balance"} if balanced else set()
+    if by_sequence or config["kind"] == "learned":
+        dead.add("sequence_balance")
+    return {**config, "losses": {**ALL_LOSSES, **dict.fromkeys(dead, 0.0)}}
 
 
 def depends_on_batch_mates(router: Router) -> bool:

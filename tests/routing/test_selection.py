@@ -156,3 +156,9 @@ def test_cuda_breaks_ties_as_the_cpu() -> None:
     cuda: Tensor = best_within_sequences(probs.cuda(), bounds.cuda(), 1.5)
     assert torch.equal(cuda.cpu(), best_within_sequences(probs, bounds, 1.5))
     assert torch.equal(limit_to_groups(probs.cuda(), 4, 2).cpu(), limit_to_groups(probs, 4, 2))
+
+
+def test_a_choices_share_is_right_for_factors_that_no_decimal_ends() -> None:
+    scores = torch.rand(4096, 8)
+    taken = best_within_sequences(scores, torch.tensor([0, 4096], dtype=torch.int32), 4 / 3)
+    assert taken.sum(0).tolist() == [683] * 8  # ceil(4/3 * 4096 / 8) = ceil(682.67)
