@@ -111,9 +111,10 @@ def plot(loads: dict[str, list[float]], path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, values in loads.items():
+    for i, (name, values) in enumerate(loads.items()):
         smooth = torch.tensor(values).unfold(0, 10, 1).mean(-1)
-        axes.plot(range(10, len(values) + 1), smooth, label=name, linewidth=1.2)
+        style = {"color": f"C{i % 7}", "linestyle": ("-", "--", ":")[i // 7 % 3]}
+        axes.plot(range(10, len(values) + 1), smooth, label=name, linewidth=1.2, **style)
     axes.set(xlabel="optimizer step", ylabel="load, max/mean, worst layer (mean of 10 steps)", ylim=(0.9, 6))
     axes.legend(fontsize=7, ncols=2)
     canvas.print_figure(str(path))
