@@ -1,5 +1,6 @@
 """One optimizer step has one gradient, however it is cut up."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,17 @@ from safetensors.torch import load_file
 from tests.training.conftest import run_ranks
 
 STAGES = (0, 1, 2, 3)
+
+# Every kind whose result doesn't depend on batch mates.
+ROUTERS = (
+    {"kind": "token_choice", "top_k": 1, "renormalize": False, "losses": {"sequence_balance": 0.1}},
+    {"kind": "token_choice", "score": "sigmoid", "groups": {"count": 2, "chosen": 1}, "selection_bias": {"rate": 0.1}},
+    {"kind": "token_choice", "scope": "sequence", "losses": {"importance": 0.1}},
+    {"kind": "expert_choice", "factor": 1.5, "centring": {"rate": 0.5}},
+    {"kind": "threshold", "threshold": 0.4, "max_choices": 3, "losses": {"entropy": 0.1}},
+    {"kind": "hash", "top_k": 2},
+    {"kind": "learned", "gates": "softmax"},
+)
 
 
 @pytest.mark.distributed
@@ -47,6 +59,19 @@ def test_with_the_steps_routing_totals_every_cut_gives_the_gradients_of_one_batc
     for world, chosen in cuts.items():
         for variant in chosen:
             assert_same(tmp_path / str(world) / f"{variant}.safetensors", tmp_path / "1" / "0,1.safetensors")
+
+
+@pytest.mark.distributed
+def test_under_every_router_two_ranks_give_the_gradients_of_one_process(
+    exact: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
+) -> None:
+    exact["objective"] = {"routing_totals": "step"}
+    config = write_config(exact)
+    for world in (1, 2):
+        (tmp_path / str(world)).mkdir()
+        run_ranks(world, "record_routers", str(config), str(tmp_path / str(world)), *map(json.dumps, ROUTERS))
+    for number in range(len(ROUTERS)):
+        assert_same(*(tmp_path / str(world) / f"{number}.safetensors" for world in (2, 1)))
 
 
 def assert_same(actual_file: Path, expected_file: Path) -> None:

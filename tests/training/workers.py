@@ -1,5 +1,6 @@
 """What runs on the ranks that tests spawn: `python -m tests.training.workers FUNCTION ARGUMENTS`."""
 
+import json
 import sys
 from math import ceil
 from pathlib import Path
@@ -99,6 +100,18 @@ def pretrain_all(out: str, *cases: str) -> None:
         data["parallel"] = {"zero_stage": int(stage)}
         data["checkpoint"]["resume"] = source[0] if source else "auto"
         pretrain(RunConfig.model_validate(data))
+
+
+def record_routers(config: str, out: str, *routers: str) -> None:
+    """`record_steps` for each router (JSON) in every layer, into `OUT/<number>.safetensors`."""
+    ranks = start_processes()
+    data = yaml.safe_load(Path(config).read_text())
+    for number, router in enumerate(routers):
+        data["model"]["block"]["feed_forward"]["router"] = json.loads(router)
+        recorded = record_steps(RunConfig.model_validate(data), ranks)
+        if ranks.is_main:
+            save_file(recorded, Path(out) / f"{number}.safetensors")
+    stop_processes()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from training.data.packing import tokenize
 from training.data.tokenizer import TokenizerConfig, TokenizerFile, build_tokenizer, load_tokenizer
 
 # Part of the cache's path: raise it when training gives another tokenizer for the same config and documents.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 class PreparedData(NamedTuple):
