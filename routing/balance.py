@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from routing.logits import RouterLogits
+from routing.losses import coefficient_at
 from routing.router import TokenChoice
 from routing.types import RoutingStats
 
@@ -41,22 +42,23 @@ def updated_center(center: Tensor, input_sum: Tensor, tokens: Tensor, rate: floa
     return center + rate * (tokens > 0) * (mean - center)
 
 
-def updated_buffers(router: nn.Module, stats: RoutingStats) -> list[tuple[Tensor, Tensor]]:
+def updated_buffers(router: nn.Module, stats: RoutingStats, step: int = 0) -> list[tuple[Tensor, Tensor]]:
     """The router's buffers, each with its value for the next optimizer step; for the trainer to copy.
 
     Args:
         router: of any kind; those without buffers give none.
         stats: of the whole optimizer step, over all micro-batches and ranks.
+        step: 0-based, for rates that change.
     """
     updates = []
     if isinstance(router, TokenChoice) and router.selection_bias is not None:
         assert router.config.selection_bias is not None
-        bias, rate = router.selection_bias, router.config.selection_bias.rate
+        bias, rate = router.selection_bias, coefficient_at(router.config.selection_bias.rate, step)
         updates.append((bias, updated_selection_bias(bias, stats.assigned.to(bias.device), rate)))
     logits = getattr(router, "logits", None)
     if isinstance(logits, RouterLogits) and logits.center is not None:
         assert logits.centring is not None
         center = logits.center
         sums, tokens = stats.input_sum.to(center.device), stats.tokens.to(center.device)
-        updates.append((center, updated_center(center, sums, tokens, logits.centring.rate)))
+        updates.append((center, updated_center(center, sums, tokens, coefficient_at(logits.centring.rate, step))))
     return updates

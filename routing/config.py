@@ -65,10 +65,22 @@ class CapacityConfig(Config):
     order: Literal["probability", "position"] = "probability"  # who keeps a slot when there are too few
 
 
+class LinearCoefficient(Config):
+    """A coefficient that goes from `start` to `end` over the first `steps` optimizer steps, and stays there."""
+
+    start: float
+    end: float
+    steps: int = Field(ge=1)
+
+
+Coefficient = float | LinearCoefficient
+Rate = Annotated[float, Field(gt=0, le=1)] | LinearCoefficient
+
+
 class SelectionBiasConfig(Config):
     """Loss-free balancing: a bias that enters the selection only (DeepSeek-V3, arXiv 2412.19437, eq. 16)."""
 
-    rate: float = Field(default=1e-3, gt=0)  # step of the bias per optimizer step
+    rate: Rate = 1e-3  # step of the bias per optimizer step
 
 
 class CentringConfig(Config):
@@ -77,7 +89,7 @@ class CentringConfig(Config):
     A direction that all tokens share moves all of them to the same choices; without it they spread.
     """
 
-    rate: float = Field(default=0.1, gt=0, le=1)  # how far the mean moves to that of the last step
+    rate: Rate = 0.1  # how far the mean moves to that of the last step
 
 
 class JitterConfig(Config):
@@ -110,17 +122,6 @@ class GroupLimitConfig(Config):
                 f"{self.count}"
             )
         return self
-
-
-class LinearCoefficient(Config):
-    """A coefficient that goes from `start` to `end` over the first `steps` optimizer steps, and stays there."""
-
-    start: float
-    end: float
-    steps: int = Field(ge=1)
-
-
-Coefficient = float | LinearCoefficient
 
 
 class RoutingLossConfig(Config):

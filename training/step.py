@@ -87,7 +87,7 @@ def train_step(
     if not isfinite(norm):
         raise NonFiniteLoss(f"gradient norm = {norm}")
     for name, router in routers.items():
-        for buffer, value in updated_buffers(router, stats[name]):
+        for buffer, value in updated_buffers(router, stats[name], step):
             buffer.copy_(value)
     return StepResult(values, norm, int(counts.tokens), stats, bool(counts.stops))
 

@@ -95,3 +95,14 @@ def test_centring_spreads_tokens_that_share_a_direction() -> None:
     after = route(router, x, tokens)[1]
     assert before.assigned.max() > 390
     assert after.assigned.max() < 250
+
+
+def test_rates_may_change_with_the_step() -> None:
+    rate = {"start": 0.5, "end": 0.0, "steps": 4}
+    router = router_of({"kind": "token_choice", "selection_bias": {"rate": rate}, "centring": {"rate": rate}})
+    x, tokens = case_of([5, 3])
+    _, stats = route(router, x, tokens)
+    (bias, moved_bias), (center, moved_center) = updated_buffers(router, stats, step=2)
+    assert_close(moved_bias, updated_selection_bias(bias, stats.assigned, 0.25))
+    assert_close(moved_center, updated_center(center, stats.input_sum, stats.tokens, 0.25))
+    assert all(torch.equal(buffer, value) for buffer, value in updated_buffers(router, stats, step=9))
