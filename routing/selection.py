@@ -83,17 +83,39 @@ def best_within_sequences(scores: Tensor, cu_seqlens: Tensor, factor: float) -> 
         `[T, E]` bool, true where the choice takes the token.
     """
     tokens, num_choices = scores.shape
-    sequence = sequence_of_token(cu_seqlens, tokens)
     lengths = cu_seqlens.diff().long()
-    # One stable sort of integers orders by sequence first, then by falling score: a float that isn't negative
-    # has bits in its own order.
+    # Whole numbers only, so that no rounding decides who is taken; limited so that products fit 64 bits.
+    exact = (Fraction(str(factor)) / num_choices).limit_denominator(10**6)
+    slots = (-(-lengths * exact.numerator // exact.denominator)).clamp(min=1)
+    sequence = sequence_of_token(cu_seqlens, tokens)
+    if not scores.is_cuda and tokens:  # sizes are known without waiting for a GPU
+        longest = int(lengths.max())
+        if len(lengths) * longest <= 2 * tokens:  # little padding
+            return _taken_by_grid(scores, cu_seqlens, sequence, slots, longest)
+    return _taken_by_sorting(scores, cu_seqlens, sequence, slots)
+
+
+def _taken_by_grid(scores: Tensor, cu_seqlens: Tensor, sequence: Tensor, slots: Tensor, longest: int) -> Tensor:
+    """A top-k of each sequence's row for each choice, on a padded grid."""
+    tokens, num_choices = scores.shape
+    place = sequence * longest + torch.arange(tokens) - cu_seqlens.long()[sequence]
+    grid = scores.new_full((len(slots) * longest, num_choices), -1.0)  # padding is worse than any token
+    grid[place] = scores
+    rows = grid.view(-1, longest, num_choices).transpose(1, 2).reshape(-1, longest)  # [B * E, longest]
+    most = min(int(slots.max()), longest)
+    wins = torch.arange(most) < slots.repeat_interleave(num_choices)[:, None]
+    taken = torch.zeros_like(rows, dtype=torch.bool).scatter(1, top_k(rows, most), wins)
+    return taken.view(-1, num_choices, longest).transpose(1, 2).reshape(-1, num_choices)[place]
+
+
+def _taken_by_sorting(scores: Tensor, cu_seqlens: Tensor, sequence: Tensor, slots: Tensor) -> Tensor:
+    """One sort of all tokens for each choice: slower on a CPU, but of any lengths and without their values."""
+    tokens = scores.shape[0]
+    # A stable sort of integers orders by sequence first, then by falling score: a float that isn't negative has bits
+    # in its own order.
     falling = 0x7FFFFFFF - (scores + 0.0).t().contiguous().view(torch.int32).long()
     order = ((sequence << 32) | falling).argsort(dim=1, stable=True)  # [E, T]
     # Sorting by sequence leaves every sequence's tokens in its own stretch.
     rank = torch.arange(tokens, device=scores.device) - cu_seqlens.long()[sequence]
-    # Whole numbers only, so that no rounding decides who is taken; limited so that products fit 64 bits.
-    exact = (Fraction(str(factor)) / num_choices).limit_denominator(10**6)
-    slots = (-(-lengths * exact.numerator // exact.denominator)).clamp(min=1)
     wins = rank < slots[sequence]  # [T] by place in the sorted order
-    taken = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, wins.expand_as(order))
-    return taken.t()
+    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, wins.expand_as(order)).t()

@@ -1,12 +1,22 @@
 """Who is chosen, against Python's stable sort."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from routing.selection import _ROUNDS, best_within_sequences, limit_to_groups, top_k
+from routing.selection import (
+    _ROUNDS,
+    _taken_by_grid,
+    _taken_by_sorting,
+    best_within_sequences,
+    limit_to_groups,
+    top_k,
+)
+from routing.sequences import sequence_of_token
 from tests import oracles
 
 # Few values, so that ties are common; negative ones, both zeros, and what float32 holds at its ends.
@@ -162,3 +172,14 @@ def test_a_choices_share_is_right_for_factors_that_no_decimal_ends() -> None:
     scores = torch.rand(4096, 8)
     taken = best_within_sequences(scores, torch.tensor([0, 4096], dtype=torch.int32), 4 / 3)
     assert taken.sum(0).tolist() == [683] * 8  # ceil(4/3 * 4096 / 8) = ceil(682.67)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any), st.floats(0.1, 4.0), st.integers(0, 99))
+def test_the_grid_and_the_sort_take_the_same(lengths: list[int], factor: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    scores = torch.randint(0, 5, (sum(lengths), 4)) / 4  # with ties
+    sequence = sequence_of_token(bounds, sum(lengths))
+    slots = torch.tensor([max(1, math.ceil(factor * n / 4)) for n in lengths]).clamp(max=max(lengths))
+    by_grid = _taken_by_grid(scores, bounds, sequence, slots, max(lengths))
+    assert torch.equal(by_grid, _taken_by_sorting(scores, bounds, sequence, slots))
