@@ -194,8 +194,7 @@ class TokenChoiceConfig(Config):
         return self.top_k
 
     def num_params(self, width: int, num_choices: int) -> int:
-        noise = isinstance(self.noise, GaussianNoiseConfig)
-        return width * num_choices * (2 if noise else 1)
+        return _logits_params(self.noise, width, num_choices)
 
     def flops_per_token(self, width: int, num_choices: int) -> int:
         """At evaluation, so without noise."""
@@ -238,8 +237,7 @@ class ExpertChoiceConfig(Config):
         return self.factor
 
     def num_params(self, width: int, num_choices: int) -> int:
-        noise = isinstance(self.noise, GaussianNoiseConfig)
-        return width * num_choices * (2 if noise else 1)
+        return _logits_params(self.noise, width, num_choices)
 
     def flops_per_token(self, width: int, num_choices: int) -> int:
         """At evaluation, so without noise."""
@@ -269,8 +267,7 @@ class ThresholdConfig(Config):
         return self.max_choices
 
     def num_params(self, width: int, num_choices: int) -> int:
-        noise = isinstance(self.noise, GaussianNoiseConfig)
-        return width * num_choices * (2 if noise else 1)
+        return _logits_params(self.noise, width, num_choices)
 
     def flops_per_token(self, width: int, num_choices: int) -> int:
         """At evaluation, so without noise."""
@@ -349,3 +346,8 @@ def _check_top_k(name: str, top_k: int, num_choices: int) -> None:
             f"router.{name} is {top_k} but there are only {num_choices} choices; set router.{name} to at most "
             f"{num_choices} or raise the number of choices"
         )
+
+
+def _logits_params(noise: JitterConfig | GaussianNoiseConfig | None, width: int, num_choices: int) -> int:
+    """Of `RouterLogits`: its matrix, and another for the scale of learned noise."""
+    return width * num_choices * (2 if isinstance(noise, GaussianNoiseConfig) else 1)

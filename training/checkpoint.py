@@ -88,7 +88,7 @@ def save_checkpoint(engine: Any, run: RunConfig, state: TrainState, tokenizer: s
                 (staging / STATE).write_text(_as_json(state, staging), encoding="utf-8")
             write_file(parent / LATEST, folder.name + "\n")
             # Steps beyond this one are of a branch that was left by going back: not this run's to remove.
-            reached = [old for old in _by_age(parent) if old.name <= folder.name]
+            reached = [old for old in _by_age(parent) if _step(old) <= state.step]
             for old in reached[run.checkpoint.keep :]:
                 shutil.rmtree(old, ignore_errors=True)
         except UserError as failure:
@@ -215,4 +215,8 @@ def _sha256(path: Path) -> str:
 def _by_age(parent: Path) -> list[Path]:
     """Checkpoint folders, newest step first."""
     found = (path for path in parent.glob("step-*") if path.name.removeprefix("step-").isdigit())
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))

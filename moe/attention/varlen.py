@@ -15,7 +15,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Ten
 
     CUDA in half precision uses torch's varlen kernel. Everything else calls scaled-dot-product attention once per
     sequence, which on a CPU beats padding to the longest one; there in float32 whatever the dtype, because the
-    backward of torch's bfloat16 kernel takes about twice as long for sequences of a few hundred tokens.
+    backward of torch's bfloat16 kernel is slower there for short sequences.
 
     Args:
         q, k, v: `[T, H, C]`, same dtype.
