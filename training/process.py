@@ -9,8 +9,9 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
 def tune_cpu() -> None:
     """Keep freed memory and let waiting threads sleep. Call it once, before torch is imported; harmless elsewhere.
 
-    glibc hands large blocks back to the system when they are freed, and every new one costs page faults. OpenMP's threads spin while they wait for each other, which on a machine that others
-    use as well keeps the one they wait for from running; the variable is left alone if it is set.
+    glibc hands large blocks back to the system when they are freed, and every new one costs page faults. OpenMP's
+    threads spin while they wait for each other, which on a machine that others use as well keeps the one they wait for
+    from running; the variable is left alone if it is set.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
