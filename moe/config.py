@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from routing.config import Config, RouterConfig, TokenChoiceConfig
 
 Activation = Literal["gelu", "swiglu", "geglu"]
+Backend = Literal["auto", "loop", "torch", "cpu"]  # of the experts' arithmetic: see moe/experts/mixture.py
 
 
 class RotaryConfig(Config):
@@ -66,7 +67,7 @@ class ExpertsConfig(Config):
     activation: Activation = "gelu"
     shared_width: int = Field(default=0, ge=0)  # hidden width of an expert that every token passes; 0: none
     router: RouterConfig = TokenChoiceConfig()
-    backend: Literal["auto", "loop", "torch"] = "auto"  # see moe/experts/grouped_linear.py
+    backend: Backend = "auto"
 
     @model_validator(mode="after")
     def _router_serves_them(self) -> "ExpertsConfig":

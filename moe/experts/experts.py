@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from moe.config import ExpertsConfig
-from moe.experts.grouped_linear import choose_backend
-from moe.feed_forward import activate, input_width
+from moe.experts.dispatch import DispatchPlan
+from moe.experts.mixture import choose_mixture
+from moe.feed_forward import input_width
 
 
 class Experts(nn.Module):
-    """E feed-forward networks over rows sorted by expert.
+    """E feed-forward networks, each for the rows that a plan gives it.
 
     Parameters, `[E, in, out]`: `up [E, D, F]` (`[E, D, 2F]` when gated: gate first) and `down [E, F, D]`.
     """
@@ -19,7 +20,8 @@ class Experts(nn.Module):
     def __init__(self, config: ExpertsConfig, width: int) -> None:
         super().__init__()
         self.activation = config.activation
-        self.backend, self.grouped_linear = choose_backend(config.backend, width, config.width)
+        self.backend = config.backend
+        self.mixture = choose_mixture(config.backend, width, config.width)
         self.up = nn.Parameter(torch.empty(config.count, width, input_width(config.width, config.activation)))
         self.down = nn.Parameter(torch.empty(config.count, config.width, width))
         self.reset_parameters()
@@ -30,16 +32,12 @@ class Experts(nn.Module):
             bound = 1 / sqrt(weight.shape[1])
             nn.init.uniform_(weight, -bound, bound)
 
-    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """`[R, D]`, `[E]` -> `[R, D]`, in autocast's dtype where autocast is on."""
-        kind = rows.device.type
+    def forward(self, x: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
+        """`[T, D]`, gates `[T, K]` -> `[T, D]`: each token's experts, weighted; in autocast's dtype where that is on."""
+        kind = x.device.type
         if torch.is_autocast_enabled(kind):  # autocast doesn't know grouped products
-            dtype = torch.get_autocast_dtype(kind)
-            rows, up, down = rows.to(dtype), self.up.to(dtype), self.down.to(dtype)
-        else:
-            up, down = self.up, self.down
-        hidden = activate(self.grouped_linear(rows, up, ends), self.activation)
-        return self.grouped_linear(hidden, down, ends)
+            x = x.to(torch.get_autocast_dtype(kind))
+        return self.mixture(x, weights, plan, self.up, self.down, self.activation)
 
     def extra_repr(self) -> str:
         return f"up={tuple(self.up.shape)}, down={tuple(self.down.shape)}, backend={self.backend}"

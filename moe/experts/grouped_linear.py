@@ -5,13 +5,10 @@ Shape legend: R rows sorted by group, E groups, I inputs, O outputs.
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from routing.errors import UserError
 
 GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -57,23 +54,3 @@ def _zero_tail(grad: Tensor, ends: Tensor) -> Tensor:
     if int(ends[-1]) == grad.shape[0]:
         return grad
     return torch.cat([grad[: int(ends[-1])], torch.zeros_like(grad[int(ends[-1]) :])])
-
-
-def choose_backend(backend: Literal["auto", "loop", "torch"], inputs: int, outputs: int) -> tuple[str, GroupedLinear]:
-    """Settle the backend once, when a layer is built.
-
-    `torch` needs rows of whole 16 bytes in every dtype it may meet, so widths that are multiples of 8; `auto`
-    takes it where it can and `loop` elsewhere.
-
-    Raises:
-        UserError: if `torch` is asked for and cannot serve these widths.
-    """
-    fits = inputs % 8 == 0 and outputs % 8 == 0
-    if backend == "torch" and not fits:
-        raise UserError(
-            f"backend: torch needs widths that are multiples of 8, got model width {inputs} and expert width "
-            f"{outputs}; choose such widths, or backend: auto"
-        )
-    if backend == "loop" or not fits:
-        return "loop", loop_grouped_linear
-    return "torch", torch_grouped_linear

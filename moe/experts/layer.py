@@ -1,12 +1,28 @@
 """The mixture-of-experts feed-forward layer. Shape legend in `routing/types.py`."""
 
+from typing import Protocol
+
 from torch import Tensor, nn
 
 from moe.config import ExpertsConfig
-from moe.experts.dispatch import Dispatcher, LocalDispatcher
+from moe.experts.dispatch import plan_rows
 from moe.experts.experts import Experts
 from moe.feed_forward import FeedForward
-from routing import RoutingStats, Tokens, build_router, route
+from routing import Routing, RoutingStats, Tokens, build_router, route
+
+
+class Dispatcher(Protocol):
+    """What takes tokens to the experts they chose and brings them back weighted, `[T, D]` -> `[T, D]`.
+
+    Where experts lie on several ranks, `training.expert_parallel` puts its own in place of `dispatch_locally`.
+    """
+
+    def __call__(self, experts: Experts, x: Tensor, routing: Routing) -> Tensor: ...
+
+
+def dispatch_locally(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
+    """All experts are here."""
+    return experts(x, routing.weights, plan_rows(routing))
 
 
 class MoEFeedForward(nn.Module):
@@ -21,13 +37,12 @@ class MoEFeedForward(nn.Module):
         self.experts = Experts(config, width)
         shared = config.shared_width
         self.shared = FeedForward(width, shared, config.activation) if shared else None
-        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.dispatcher: Dispatcher = dispatch_locally
 
     def forward(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, RoutingStats]:
         """`[T, D]` -> `[T, D]` and the router's statistics."""
         routing, stats = route(self.router, x, tokens)
-        rows, plan = self.dispatcher.dispatch(x, routing)
-        y = self.dispatcher.combine(self.experts(rows, plan.ends), plan, routing.weights)
+        y = self.dispatcher(self.experts, x, routing)
         if self.shared is not None:
             y = y + self.shared(x)
         return y, stats

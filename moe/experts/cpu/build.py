@@ -1,0 +1,99 @@
+"""Compile the kernels for this machine, once, and load them."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+_FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+
+
+class Unavailable(Exception):
+    """Why there are no compiled kernels here."""
+
+
+@cache
+def load_kernels() -> ctypes.CDLL:
+    """The compiled kernels, from the user's cache folder, where they are built at the first use (some seconds).
+
+    Raises:
+        Unavailable: without a C++ compiler that takes GCC's vector extensions, or if it fails.
+    """
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise Unavailable("there is no g++ to compile the kernels with")
+    source = _SOURCE.read_bytes()
+    version = _output([compiler, "-dumpfullversion"])
+    name = hashlib.sha256(b"\0".join([source, version.encode(), _processor(), *map(str.encode, _FLAGS)])).hexdigest()
+    folder = _cache_folder()
+    target = folder / f"kernels-{name[:16]}.so"
+    if not target.exists():
+        # Several processes may build at once: each under its own name, and the last one to finish stays.
+        handle, built = tempfile.mkstemp(suffix=".so", dir=folder)
+        os.close(handle)
+        try:
+            _output([compiler, *_FLAGS, str(_SOURCE), "-o", built])
+            os.replace(built, target)
+        finally:
+            Path(built).unlink(missing_ok=True)
+    try:
+        kernels = ctypes.CDLL(str(target))
+    except OSError as error:
+        raise Unavailable(f"the compiled kernels can't be loaded: {error}") from None
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    kernels.mixture_run.argtypes = [pointer, pointer, integer, pointer]
+    kernels.mixture_run.restype = None
+    kernels.plan_rows.argtypes = [pointer, pointer, integer, integer, pointer, pointer, pointer]
+    kernels.plan_rows.restype = integer
+    return kernels
+
+
+@cache
+def why_unavailable() -> str | None:
+    """The reason why there are no kernels, or None if there are."""
+    try:
+        load_kernels()
+    except Unavailable as reason:
+        return str(reason)
+    return None
+
+
+def _cache_folder() -> Path:
+    """A folder of the user's own; one that ends with the process where the home can't be written."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(home) / "routed-encoder"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):
+        pass
+    temporary = tempfile.TemporaryDirectory(prefix="routed-encoder-")
+    _temporary.append(temporary)
+    return Path(temporary.name)
+
+
+_temporary: list[tempfile.TemporaryDirectory[str]] = []  # removed at exit
+
+
+def _processor() -> bytes:
+    """What `-march=native` looks at: a home folder may be shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return b"\n".join(sorted({line for line in lines if line.startswith((b"model name", b"flags", b"Features"))}))
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = getattr(error, "stderr", "") or str(error)
+        raise Unavailable(f"{command[0]} failed: {detail.strip()[:500]}") from None

@@ -1,0 +1,40 @@
+"""Which backend is fastest where: a measured table, and how it is looked up."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+TABLE = Path(__file__).with_name("fastest.json")  # written by `python -m benchmarks.backends --write`
+
+
+def fastest(x: Tensor, assignments: int, experts: int) -> str:
+    """The backend that was fastest on such a device, for that dtype and about as many rows per expert.
+
+    Where nothing was measured, `torch`.
+    """
+    rows = assignments / max(1, experts)
+    best = "torch"
+    for fewest, backend in _table().get(machine(x.device), {}).get(str(x.dtype).removeprefix("torch."), []):
+        if rows >= fewest:
+            best = backend
+    return best
+
+
+@cache
+def machine(device: torch.device) -> str:
+    """What the table tells apart: the CPU's vector instructions, the GPU's compute capability."""
+    if device.type == "cuda":
+        return "cuda {}.{}".format(*torch.cuda.get_device_capability(device))
+    if device.type == "cpu":
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    return device.type
+
+
+@cache
+def _table() -> dict[str, dict[str, list[tuple[int, str]]]]:
+    """Machine -> dtype -> (from so many rows per expert, backend), rising."""
+    table: dict[str, dict[str, list[tuple[int, str]]]] = json.loads(TABLE.read_text(encoding="utf-8"))["fastest"]
+    return table

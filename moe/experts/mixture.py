@@ -1,0 +1,101 @@
+"""Mixtures of experts over planned rows, one for each backend, and how one is chosen.
+
+Shape legend in `routing/types.py`; F hidden width, P columns of `up`: F, or 2F when gated (gate first).
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moe.config import Activation, Backend
+from moe.experts.cpu.build import why_unavailable
+from moe.experts.cpu.mixture import cpu_mixture, serves
+from moe.experts.dispatch import DispatchPlan
+from moe.experts.fastest import fastest
+from moe.experts.grouped_linear import GroupedLinear, loop_grouped_linear, torch_grouped_linear
+from moe.feed_forward import activate
+from routing.errors import UserError
+
+
+class Mixture(Protocol):
+    def __call__(
+        self, x: Tensor, weights: Tensor, plan: DispatchPlan, up: Tensor, down: Tensor, activation: Activation
+    ) -> Tensor:
+        """`y_t = sum_k weights_tk down_e(act(up_e(x_t)))` over kept assignments, e = choices_tk.
+
+        Args:
+            x: `[T, D]`.
+            weights: `[T, K]` float32.
+            plan: which rows are whose.
+            up: `[E, D, P]`, of the dtype of `x` or rounded to it.
+            down: `[E, F, D]`, likewise.
+            activation: between them.
+
+        Returns:
+            `[T, D]` in the dtype of `x`. A dropped assignment adds exactly zero, whatever its row holds.
+        """
+        ...
+
+
+def composed(grouped_linear: GroupedLinear) -> Mixture:
+    """Step by step: gather, two grouped products, weighted sum."""
+
+    def mixture(
+        x: Tensor, weights: Tensor, plan: DispatchPlan, up: Tensor, down: Tensor, activation: Activation
+    ) -> Tensor:
+        tokens, top_k = plan.row_of.shape
+        up, down = up.to(x.dtype), down.to(x.dtype)
+        rows = x.index_select(0, plan.assignments // top_k)
+        hidden = activate(grouped_linear(rows, up, plan.ends), activation)
+        rows = grouped_linear(hidden, down, plan.ends)
+        if rows.shape[0] == 0:  # nothing to gather from; this keeps the graph whole
+            return x.new_zeros(x.shape) + rows.sum() + 0 * weights.sum().to(x.dtype)
+        gathered = rows.index_select(0, plan.row_of.reshape(-1)).view(tokens, top_k, -1)
+        gathered = gathered.masked_fill(~plan.kept[:, :, None], 0)
+        return torch.bmm(weights.to(x.dtype)[:, None, :], gathered).squeeze(1)
+
+    return mixture
+
+
+loop_mixture = composed(loop_grouped_linear)
+torch_mixture = composed(torch_grouped_linear)
+
+
+def choose_mixture(backend: Backend, width: int, hidden: int) -> Mixture:
+    """Settle the backend once, when a layer is built.
+
+    `auto` is a function of what it is called with (`auto_mixture`).
+
+    Args:
+        backend: as configured.
+        width: D.
+        hidden: F.
+
+    Raises:
+        UserError: if the backend that is asked for can't serve here.
+    """
+    if backend == "torch" and (width % 8 or hidden % 8):
+        raise UserError(
+            f"backend: torch needs widths that are multiples of 8, got model width {width} and expert width "
+            f"{hidden}; choose such widths, or backend: auto"
+        )
+    if backend == "cpu" and (reason := why_unavailable()):
+        raise UserError(f"backend: cpu isn't available: {reason}; install g++, or set backend: auto")
+    by_name: dict[Backend, Mixture] = {"loop": loop_mixture, "torch": torch_mixture, "cpu": cpu_mixture}
+    return by_name.get(backend, auto_mixture)
+
+
+def auto_mixture(
+    x: Tensor, weights: Tensor, plan: DispatchPlan, up: Tensor, down: Tensor, activation: Activation
+) -> Tensor:
+    """The backend that was measured to be fastest on such a device, for that dtype and number of rows per expert.
+
+    While torch compiles it is one that torch sees through.
+    """
+    mixture: Mixture = torch_mixture
+    if not torch.compiler.is_compiling() and fastest(x, weights.numel(), up.shape[0]) == "cpu" and serves(x, up):
+        mixture = cpu_mixture
+    elif x.dtype == torch.float64 or x.shape[1] % 8 or down.shape[1] % 8:  # what torch's kernel doesn't take
+        mixture = loop_mixture
+    return mixture(x, weights, plan, up, down, activation)
