@@ -33,7 +33,7 @@ class Experts(nn.Module):
             nn.init.uniform_(weight, -bound, bound)
 
     def forward(self, x: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
-        """`[T, D]`, gates `[T, K]` -> `[T, D]`: each token's experts, weighted; in autocast's dtype where that is on."""
+        """`[T, D]`, gates `[T, K]` -> `[T, D]`: each token's experts, weighted; in autocast's dtype if on."""
         kind = x.device.type
         if torch.is_autocast_enabled(kind):  # autocast doesn't know grouped products
             x = x.to(torch.get_autocast_dtype(kind))

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -58,8 +59,8 @@ def cpu_mixture(
     """
     if not serves(x, up):
         raise ValueError(
-            f"the cpu backend takes float32 or bfloat16 on a CPU, got {x.dtype} with weights of {up.dtype} on {x.device}; "
-            "set backend: auto"
+            f"the cpu backend takes float32 or bfloat16 on a CPU, got {x.dtype} with weights of {up.dtype} on "
+            f"{x.device}; set backend: auto"
         )
     y: Tensor = _CpuMixture.apply(x, weights, up, down, plan, activation)
     return y
@@ -67,7 +68,7 @@ def cpu_mixture(
 
 class _CpuMixture(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: FunctionCtx,
         x: Tensor,
         weights: Tensor,
@@ -90,7 +91,7 @@ class _CpuMixture(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, up, down, *planned, pre = ctx.saved_tensors  # type: ignore[attr-defined]
         bounds, activation = ctx.bounds, ctx.activation  # type: ignore[attr-defined]
         wants_x, wants_weights, wants_up, wants_down, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
@@ -106,7 +107,7 @@ class _CpuMixture(torch.autograd.Function):
         job = _job(x, weights, up, down, plan, activation, pre=pre, dy=dy, dup=dup, ddown=ddown, **grads)
         first: list[Task] = []
         second: list[Task] = []
-        for expert, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for expert, (start, end) in enumerate(pairwise(bounds)):
             if threads == 1 or (end - start) * threads * 2 <= rows:
                 first.append((_BACKWARD_EXPERT, expert, start, end, 0, 1))
             else:  # too much for one thread: its rows first, then its weights, both in parts
@@ -121,7 +122,7 @@ def _pieces(bounds: Sequence[int], first: int = 0) -> list[tuple[int, int, int]]
     """(expert, from, to) of at most `_PIECE` rows; `bounds[i]` is where expert `first + i` begins."""
     return [
         (expert, start, min(start + _PIECE, end))
-        for expert, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False), first)
+        for expert, (begin, end) in enumerate(pairwise(bounds), first)
         for start in range(begin, end, _PIECE)
     ]
 
