@@ -195,8 +195,12 @@ class Learned(nn.Module):
             if self.config.gates == "straight_through":
                 weights = 1 / self.config.top_k + (weights - weights.detach())
             kept = torch.ones_like(choices, dtype=torch.bool)
-            everybody = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-            return _for_tokens(Routing(logits, probs, choices, weights, kept, choices.numel()), everybody)
+
+            def shared(row: Tensor) -> Tensor:
+                return row.expand(x.shape[0], -1)  # no copies
+
+            most_kept = x.shape[0] * self.config.top_k
+            return Routing(shared(logits), shared(probs), shared(choices), shared(weights), shared(kept), most_kept)
 
 
 Router = TokenChoice | ExpertChoice | Threshold | Hash | Learned
