@@ -90,7 +90,8 @@ class SelectionBiasConfig(Config):
 class CentringConfig(Config):
     """Subtract a running mean from the router's input, updated once per optimizer step.
 
-    A direction that all tokens share moves all of them to the same choices; without it they spread.
+    A direction that all tokens share moves all of them to the same choices; without it they spread. The mean starts at
+    0, so a fresh router is centred in full only after some `1 / rate` steps.
     """
 
     rate: Rate = 0.1  # how far the mean moves to that of the last step

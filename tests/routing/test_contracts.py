@@ -533,6 +533,29 @@ def test_6_extreme_logits_stay_finite(name: str, training: bool) -> None:
 
 @every_router
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_6_logits_whose_squares_overflow_make_the_z_loss_infinite_and_nothing_else(name: str, training: bool) -> None:
+    router = tied_router(name).train(training)
+    directions = torch.stack([torch.linspace(-1, 1, 8), torch.ones(8), torch.eye(8)[0], -torch.ones(8)])
+
+    def run(size: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        x = (size * directions).requires_grad_()
+        if ROUTERS[name]["kind"] == "learned":  # whatever the input
+            router.weight.data.copy_(x[0])
+        routing, stats = summarized(router, x, tokens_of([3, 1]))
+        total, losses = routing_loss(stats, RoutingLossConfig(**ALL_LOSSES))
+        return {**stats._asdict(), **losses}, gradients_of(task(routing, torch.randn(4, 8)) + total, router, x)
+
+    values, grads = run(1e18)
+    assert all(value.isfinite().all() for value in (*values.values(), *grads.values()))
+    values, grads = run(1e20)
+    if ROUTERS[name]["kind"] != "hash":
+        assert values.pop("lse_sq_sum").isposinf()
+        assert values.pop("z").isposinf()
+    assert all(value.isfinite().all() for value in (*values.values(), *grads.values()))
+
+
+@every_router
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("lengths", [[1], [0], [], [0, 0], [0, 1, 0]], ids=str)
 def test_6_a_single_token_and_none_at_all(name: str, lengths: list[int], training: bool) -> None:
     router = router_of(with_losses(name)).train(training)
