@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from moe.config import EncoderConfig
+from moe.config import EncoderConfig, ExpertsConfig
 from routing.config import Config
 from routing.errors import UserError
 from training.data.config import DataConfig
@@ -74,7 +74,11 @@ class TrainConfig(Config):
 
 
 class ParallelConfig(Config):
+    """How a model is spread over ranks; changes nothing of what is computed."""
+
     zero_stage: Literal[0, 1, 2, 3] = 0
+    # Ranks among which every layer's experts are spread (training/expert_parallel.py); 1: each holds all.
+    expert: int = Field(default=1, ge=1)
 
 
 class CheckpointConfig(Config):
@@ -147,7 +151,21 @@ class RunConfig(Config):
                 f"train.step_tokens is {self.train.step_tokens} but one sequence may have data.max_length = "
                 f"{self.data.max_length} tokens; raise train.step_tokens"
             )
+        self._experts_can_be_spread()
         return self
+
+    def _experts_can_be_spread(self) -> None:
+        size = self.parallel.expert
+        fed = [block.feed_forward for block in self.model.blocks()]
+        counts = {layer: ff.count for layer, ff in enumerate(fed) if isinstance(ff, ExpertsConfig)}
+        if size > 1 and not counts:
+            raise ValueError(f"parallel.expert is {size}, but no layer of the model has experts; set it to 1")
+        for layer, count in counts.items():
+            if count % size:
+                raise ValueError(
+                    f"parallel.expert is {size}, but layer {layer} has {count} experts, which can't be shared out "
+                    f"evenly; choose a divisor of every layer's count"
+                )
 
 
 # What a resumed run may change: its length, its layout, and what it reports and keeps.

@@ -10,16 +10,23 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from routing.errors import UserError
 from training.config import OptimizerConfig, RunConfig
+from training.expert_parallel import expert_group, shard_experts, whole_of
 
 # DeepSpeed settles its accelerator and log level when it is imported.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 
 import deepspeed
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.utils import (
+    groups as deepspeed_groups,
+)
 from deepspeed.utils import (
     logger as deepspeed_logger,
 )
@@ -77,10 +84,10 @@ def stop_processes() -> None:
         dist.destroy_process_group()
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """In-place all-reduce, returned for convenience; detached values only."""
-    if dist.get_world_size() > 1:
-        dist.all_reduce(values)
+def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """In-place all-reduce (of all ranks by default), returned for convenience; detached values only."""
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(values, group=group)
     return values
 
 
@@ -185,15 +192,67 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     return [group for group in groups if group["params"]]
 
 
+def refuse_uneven_experts(run: RunConfig, ranks: Ranks) -> None:
+    """Raise UserError unless the ranks are whole expert-parallel groups."""
+    size = run.parallel.expert
+    if ranks.world % size:
+        raise UserError(
+            f"parallel.expert is {size}, but {ranks.world} ranks can't be cut into groups of {size}; set it to a "
+            f"divisor of {ranks.world}, or launch a multiple of {size} ranks"
+        )
+
+
+class _ExpertsElsewhere(AutoEPMoELayer):
+    """What DeepSpeed looks for to find out that marked parameters differ between ranks: one of its own layers.
+
+    This one is empty. It isn't called, and holds no parameters; ours are marked by `_spread_experts`.
+    """
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = 0  # of this layer
+
+    def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
+        """The groups are there already."""
+
+
+def _spread_experts(model: nn.Module, size: int) -> None:
+    """Leave this rank its experts, and mark their parameters as DeepSpeed wants them marked.
+
+    Neighbouring ranks form expert-parallel groups, so that rows travel within a node if they can. DeepSpeed sums an
+    expert's gradient over the ranks that hold it and divides by all ranks: rows of the whole group reached it.
+    """
+    name = f"ep_size_{size}"
+    if name not in deepspeed_groups._get_expert_parallel_group_dict():
+        deepspeed_groups._create_expert_and_data_parallel(size)
+    shard_experts(model, deepspeed_groups._get_expert_parallel_group(name))
+    for parameter in model.parameters():
+        if expert_group(parameter) is not None:
+            parameter.allreduce, parameter.group_name = False, name  # type: ignore[attr-defined]
+            # The same for ZeRO-3, which partitions them over the ranks that hold the same experts.
+            parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+    model.add_module("experts_elsewhere", _ExpertsElsewhere())
+
+
 def build_engine(model: nn.Module, run: RunConfig, accumulation: int, ranks: Ranks) -> Any:
-    """Wrap the model and AdamW in a DeepSpeed engine.
+    """Wrap the model and AdamW in a DeepSpeed engine. Collective.
 
     The engine averages gradients over ranks and scales nothing else: the training step hands it losses that
     are normalised already (`training.step`).
+
+    Args:
+        model: whole, with the same weights on all ranks; of its experts this rank's share is kept.
+
+    Raises:
+        UserError: if DeepSpeed refuses `engine.deepspeed`.
     """
+    if run.parallel.expert > 1:
+        _spread_experts(model, run.parallel.expert)
     model.to(ranks.device)
+    groups = parameter_groups(model, run.optimizer)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, run.optimizer),
+        # Experts that are spread stand in groups of their own, because their partitions and reductions do.
+        split_params_into_different_moe_groups_for_optimizer(groups) if run.parallel.expert > 1 else groups,
         lr=run.optimizer.lr,
         betas=run.optimizer.betas,
         eps=run.optimizer.eps,
@@ -207,17 +266,37 @@ def build_engine(model: nn.Module, run: RunConfig, accumulation: int, ranks: Ran
         if not run.engine.deepspeed:
             raise
         raise UserError(f"DeepSpeed refuses engine.deepspeed {run.engine.deepspeed}: {error}") from error
+    if run.parallel.zero_stage == 0:
+        # `step_and_norm` clips. DeepSpeed would take the mean of the ranks' own norms for the norm, which it isn't
+        # where experts are spread (its issues 8475 and 8613).
+        engine.clip_fp32_gradients = lambda: None
     return engine
 
 
 def step_and_norm(engine: Any) -> float:
-    """Update the parameters; return the gradient's norm before clipping, over all parameters and ranks."""
-    plain = engine.zero_optimization_stage() == 0  # there the engine keeps no norm
-    if plain:
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+    """Clip the gradient and update the parameters; return its norm before that, over all of them. Collective."""
+    if engine.zero_optimization_stage() > 0:
+        engine.step()
+        return float(engine.get_global_grad_norm())
+    norm = _gradient_norm(engine.module)
+    if limit := engine.gradient_clipping():
+        clip_grads_with_norm_(engine.module.parameters(), limit, norm)
     engine.step()
-    return float(norm if plain else engine.get_global_grad_norm())
+    return float(norm)
+
+
+def _gradient_norm(model: nn.Module) -> Tensor:
+    """`[]`, the norm of all gradients, including those of experts that other ranks hold. Collective."""
+    everywhere: list[Tensor] = []
+    spread: dict[dist.ProcessGroup, list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            group = expert_group(parameter)
+            (everywhere if group is None else spread.setdefault(group, [])).append(parameter.grad)
+    squared = get_total_norm(everywhere).square()
+    for group, gradients in spread.items():
+        squared += sum_over_ranks(get_total_norm(gradients).square(), group)
+    return squared.sqrt()
 
 
 def gathered(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -226,7 +305,7 @@ def gathered(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def read_partitioned_moment(parameter: nn.Parameter, moment: str) -> Tensor:
-    """An AdamW moment of a parameter under ZeRO-1 to 3, assembled from all ranks in the parameter's shape."""
+    """An AdamW moment of a parameter under ZeRO-1 to 3, assembled in the parameter's shape. Collective."""
     whole: Tensor = safe_get_full_optimizer_state(parameter, moment)
     return whole
 
@@ -238,15 +317,15 @@ def write_partitioned_moment(parameter: nn.Parameter, moment: str, whole: Tensor
         return
     # ZeRO-3 pads a parameter to equal parts; DeepSpeed's own setter for whole tensors forgets the padding.
     part: int = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-    padded = whole.new_zeros(part * dist.get_world_size())
+    group = parameter.ds_process_group  # type: ignore[attr-defined]
+    padded = whole.new_zeros(part * dist.get_world_size(group))
     padded[: whole.numel()] = whole.flatten()
-    safe_set_local_optimizer_state(parameter, padded.split(part)[dist.get_rank()], moment)
+    safe_set_local_optimizer_state(parameter, padded.split(part)[dist.get_rank(group)], moment)
 
 
 def read_gradient(engine: Any, parameter: nn.Parameter) -> Tensor:
-    """A parameter's whole gradient, averaged over ranks, between a step's last backward and its update."""
-    if engine.zero_optimization_stage() == 0:
-        assert parameter.grad is not None
-        return parameter.grad
-    whole: Tensor = safe_get_full_grad(parameter)
-    return whole
+    """A parameter's whole gradient, averaged over ranks, between a step's last backward and its update. Collective."""
+    gradient: Tensor | None = parameter.grad if engine.zero_optimization_stage() == 0 else safe_get_full_grad(parameter)
+    assert gradient is not None
+    group = expert_group(parameter)
+    return gradient if group is None else whole_of(gradient, group)

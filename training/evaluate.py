@@ -27,7 +27,8 @@ def evaluate(engine: Any, batches: Iterable[MaskedBatch], ranks: Ranks) -> Evalu
         NonFiniteLoss: on all ranks.
     """
     mine = list(batches)
-    # ZeRO-3 gathers parameters in every forward, so all ranks make equally many: the last ones may be empty.
+    # ZeRO-3 gathers parameters and spread experts exchange rows in every forward, so all ranks make equally many: the
+    # last ones may be empty.
     mine += [_EMPTY] * (max_over_ranks(len(mine), ranks) - len(mine))
     totals = {"loss": torch.zeros((), dtype=torch.float64), "targets": torch.zeros((), dtype=torch.float64)}
     routing = []

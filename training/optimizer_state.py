@@ -1,8 +1,9 @@
 """AdamW's moments as whole tensors under canonical names, read from and written to any ZeRO stage.
 
 ZeRO keeps the moments of many parameters in flat partitions spread over ranks; DeepSpeed can assemble one
-parameter's from all ranks. Parameters need no such care on the way in: they are loaded before the engine is
-built. All functions here are collective: every rank calls them together.
+parameter's from them. A layer's experts may be spread over an expert-parallel group besides, and are put together
+from its ranks. Parameters need no such care on the way in: they are loaded before the engine is built. All functions
+here are collective: every rank calls them together.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from training.engine import Ranks, gathered, read_partitioned_moment, write_partitioned_moment
+from training.expert_parallel import expert_group, part_of, whole_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -20,7 +22,7 @@ def whole_parameters(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and persistent buffer by name, detached, one at a time."""
     for name, tensor in engine.module.state_dict(keep_vars=True).items():
         with gathered(tensor):
-            yield name, tensor.detach()
+            yield name, _whole(tensor, tensor.detach())
 
 
 def whole_moments(engine: Any) -> Iterator[tuple[str, Tensor]]:
@@ -29,9 +31,10 @@ def whole_moments(engine: Any) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in _trained(engine):
         for moment in MOMENTS:
             if engine.zero_optimization_stage() == 0:
-                yield f"{name}.{moment}", engine.optimizer.state[parameter][moment]
+                held = engine.optimizer.state[parameter][moment]
             else:
-                yield f"{name}.{moment}", read_partitioned_moment(parameter, moment)
+                held = read_partitioned_moment(parameter, moment)
+            yield f"{name}.{moment}", _whole(parameter, held)
 
 
 def on_main_rank(tensors: Iterable[tuple[str, Tensor]], ranks: Ranks) -> dict[str, Tensor]:
@@ -62,11 +65,22 @@ def load_moments(engine: Any, tensors: dict[str, Tensor], step: int) -> None:
     _relink(engine)
     for name, parameter in _trained(engine):
         for moment in MOMENTS:
-            value = tensors[f"{name}.{moment}"].to(engine.device)
+            value = _held(parameter, tensors[f"{name}.{moment}"]).to(engine.device)
             if stage == 0:
                 state[parameter][moment].copy_(value)
             else:
                 write_partitioned_moment(parameter, moment, value)
+
+
+def _whole(parameter: Tensor, held: Tensor) -> Tensor:
+    """Of what this rank holds for a parameter: all experts', if it holds only some."""
+    group = expert_group(parameter)
+    return held if group is None else whole_of(held, group)
+
+
+def _held(parameter: Tensor, whole: Tensor) -> Tensor:
+    group = expert_group(parameter)
+    return whole if group is None else part_of(whole, group)
 
 
 def _trained(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:

@@ -38,7 +38,14 @@ from training.data.packing import (
 )
 from training.data.prepare import PreparedData, prepare
 from training.data.tokenizer import Vocabulary, vocabulary
-from training.engine import Ranks, build_engine, main_first, refuse_difference, start_processes
+from training.engine import (
+    Ranks,
+    build_engine,
+    main_first,
+    refuse_difference,
+    refuse_uneven_experts,
+    start_processes,
+)
 from training.evaluate import Evaluation, evaluate
 from training.loop import train
 from training.metrics import RunLog, routing_table
@@ -116,6 +123,7 @@ def pretrain(run: RunConfig) -> Summary | None:
         console.width = 120  # a file has no width: don't fold its lines
     folder = Path(run.run_dir)
     with main_first(ranks):
+        refuse_uneven_experts(run, ranks)
         source = find_checkpoint(run)
         checkpoint = read_checkpoint(source, run) if source else None
         data = prepare(run.data, source / TOKENIZER if source else None)

@@ -51,3 +51,21 @@ def _plan_by_counting(routing: Routing) -> DispatchPlan:
     pointers = (tensor.data_ptr() for tensor in (assignments, ends, row_of))
     rows = load_kernels().plan_rows(choices.data_ptr(), kept.data_ptr(), count, num_choices, *pointers)
     return DispatchPlan(assignments[:rows], ends, row_of, kept)
+
+
+def combine_rows(rows: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
+    """The other way: `y_t = sum_k weights_tk rows_{row_of_tk}` over kept assignments; a dropped one adds exactly zero.
+
+    Args:
+        rows: `[R, D]`.
+        weights: `[T, K]`.
+
+    Returns:
+        `[T, D]` in the dtype of `rows`.
+    """
+    tokens, top_k = plan.row_of.shape
+    if rows.shape[0] == 0:  # nothing to gather from; this keeps the graph whole
+        return rows.new_zeros(tokens, rows.shape[1]) + rows.sum() + 0 * weights.sum().to(rows.dtype)
+    gathered = rows.index_select(0, plan.row_of.reshape(-1)).view(tokens, top_k, -1)
+    gathered = gathered.masked_fill(~plan.kept[:, :, None], 0)
+    return torch.bmm(weights.to(rows.dtype)[:, None, :], gathered).squeeze(1)

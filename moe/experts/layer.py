@@ -1,5 +1,6 @@
 """The mixture-of-experts feed-forward layer. Shape legend in `routing/types.py`."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -10,19 +11,24 @@ from moe.experts.experts import Experts
 from moe.feed_forward import FeedForward
 from routing import Routing, RoutingStats, Tokens, build_router, route
 
+SharedExpert = Callable[[Tensor], Tensor]  # [T, D] -> [T, D]
+
 
 class Dispatcher(Protocol):
     """What takes tokens to the experts they chose and brings them back weighted, `[T, D]` -> `[T, D]`.
 
-    Where experts lie on several ranks, `training.expert_parallel` puts its own in place of `dispatch_locally`.
+    It adds what the shared expert makes of all tokens, if there is one: a dispatcher that has to wait for rows can let
+    it work meanwhile. Where experts lie on several ranks, `training.expert_parallel` puts its own in place of
+    `dispatch_locally`.
     """
 
-    def __call__(self, experts: Experts, x: Tensor, routing: Routing) -> Tensor: ...
+    def __call__(self, experts: Experts, x: Tensor, routing: Routing, shared: SharedExpert | None = None) -> Tensor: ...
 
 
-def dispatch_locally(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
+def dispatch_locally(experts: Experts, x: Tensor, routing: Routing, shared: SharedExpert | None = None) -> Tensor:
     """All experts are here."""
-    return experts(x, routing.weights, plan_rows(routing))
+    y = experts(x, routing.weights, plan_rows(routing))
+    return y if shared is None else y + shared(x)
 
 
 class MoEFeedForward(nn.Module):
@@ -42,7 +48,4 @@ class MoEFeedForward(nn.Module):
     def forward(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, RoutingStats]:
         """`[T, D]` -> `[T, D]` and the router's statistics."""
         routing, stats = route(self.router, x, tokens)
-        y = self.dispatcher(self.experts, x, routing)
-        if self.shared is not None:
-            y = y + self.shared(x)
-        return y, stats
+        return self.dispatcher(self.experts, x, routing, self.shared), stats

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe.config import Activation, Backend
 from moe.experts.cpu.build import why_unavailable
 from moe.experts.cpu.mixture import cpu_mixture, serves
-from moe.experts.dispatch import DispatchPlan
+from moe.experts.dispatch import DispatchPlan, combine_rows
 from moe.experts.fastest import fastest
 from moe.experts.grouped_linear import GroupedLinear, loop_grouped_linear, torch_grouped_linear
 from moe.feed_forward import activate
@@ -44,16 +44,10 @@ def composed(grouped_linear: GroupedLinear) -> Mixture:
     def mixture(
         x: Tensor, weights: Tensor, plan: DispatchPlan, up: Tensor, down: Tensor, activation: Activation
     ) -> Tensor:
-        tokens, top_k = plan.row_of.shape
         up, down = up.to(x.dtype), down.to(x.dtype)
-        rows = x.index_select(0, plan.assignments // top_k)
+        rows = x.index_select(0, plan.assignments // plan.row_of.shape[1])
         hidden = activate(grouped_linear(rows, up, plan.ends), activation)
-        rows = grouped_linear(hidden, down, plan.ends)
-        if rows.shape[0] == 0:  # nothing to gather from; this keeps the graph whole
-            return x.new_zeros(x.shape) + rows.sum() + 0 * weights.sum().to(x.dtype)
-        gathered = rows.index_select(0, plan.row_of.reshape(-1)).view(tokens, top_k, -1)
-        gathered = gathered.masked_fill(~plan.kept[:, :, None], 0)
-        return torch.bmm(weights.to(x.dtype)[:, None, :], gathered).squeeze(1)
+        return combine_rows(grouped_linear(hidden, down, plan.ends), weights, plan)
 
     return mixture
 

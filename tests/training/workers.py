@@ -78,12 +78,12 @@ def record_steps(run: RunConfig, ranks: Ranks, steps: int = 3) -> dict[str, Tens
 
 
 def record(config: str, out: str, *variants: str) -> None:
-    """`record_steps` for each variant `zero_stage,accumulation`, into `OUT/<variant>.safetensors`."""
+    """`record_steps` for each variant `zero_stage,accumulation[,expert]`, into `OUT/<variant>.safetensors`."""
     ranks = start_processes()
     data = yaml.safe_load(Path(config).read_text())
     for variant in variants:
-        stage, accumulation = map(int, variant.split(","))
-        data["parallel"] = {"zero_stage": stage}
+        stage, accumulation, *expert = map(int, variant.split(","))
+        data["parallel"] = {"zero_stage": stage, "expert": expert[0] if expert else 1}
         data["train"]["micro_batch_tokens"] = data["train"]["step_tokens"] // (accumulation * ranks.world)
         recorded = record_steps(RunConfig.model_validate(data), ranks)
         if ranks.is_main:
