@@ -159,12 +159,13 @@ class RunConfig(Config):
         fed = [block.feed_forward for block in self.model.blocks()]
         counts = {layer: ff.count for layer, ff in enumerate(fed) if isinstance(ff, ExpertsConfig)}
         if size > 1 and not counts:
-            raise ValueError(f"parallel.expert is {size}, but no layer of the model has experts; set it to 1")
+            raise ValueError(f"parallel.expert is {size}, but no layer has experts to spread; set it to 1")
+        valid = [n for n in range(1, max(counts.values(), default=1) + 1) if not any(c % n for c in counts.values())]
         for layer, count in counts.items():
             if count % size:
                 raise ValueError(
-                    f"parallel.expert is {size}, but layer {layer} has {count} experts, which can't be shared out "
-                    f"evenly; choose a divisor of every layer's count"
+                    f"parallel.expert is {size}, but layer {layer} has {count} experts, which {size} ranks can't "
+                    f"share evenly; what fits every layer: {', '.join(map(str, valid))}"
                 )
 
 

@@ -197,7 +197,7 @@ def refuse_uneven_experts(run: RunConfig, ranks: Ranks) -> None:
     size = run.parallel.expert
     if ranks.world % size:
         raise UserError(
-            f"parallel.expert is {size}, but {ranks.world} ranks can't be cut into groups of {size}; set it to a "
+            f"parallel.expert is {size}, but {ranks.world} rank(s) can't be cut into groups of {size}; set it to a "
             f"divisor of {ranks.world}, or launch a multiple of {size} ranks"
         )
 

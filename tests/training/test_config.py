@@ -106,6 +106,14 @@ def test_an_unknown_key_is_named_by_its_path_with_the_nearest_valid_one(
         ),
         ("data.corpus={kind: text}", ["data.corpus.files: Field required"]),
         ("parallel.zero_stage=4", ["parallel.zero_stage: Input should be 0, 1, 2 or 3 (given: 4)"]),
+        ("parallel.expert=0", ["parallel.expert: Input should be greater than or equal to 1 (given: 0)"]),
+        (
+            "parallel.expert=3",
+            [
+                "parallel.expert is 3, but layer 0 has 4 experts, which 3 ranks can't share evenly",
+                "what fits every layer: 1, 2, 4",
+            ],
+        ),
         ("train.precision=fp8", ["train.precision: Input should be 'fp32' or 'bf16' (given: 'fp8')"]),
         ("checkpoint.keep=0", ["checkpoint.keep: Input should be greater than or equal to 1 (given: 0)"]),
         (
@@ -145,6 +153,27 @@ def test_a_bad_value_is_named_by_its_path(load: Callable[..., RunConfig], overri
     assert line.startswith(f"  {messages[0]}")
     for message in messages:
         assert message in line
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (
+            "{layers: [3], feed_forward: {kind: experts, count: 6}}",
+            "parallel.expert is 4, but layer 3 has 6 experts, which 4 ranks can't share evenly; "
+            "what fits every layer: 1, 2",
+        ),
+        (
+            "{layers: {every: 1}, feed_forward: {kind: dense}}",
+            "parallel.expert is 4, but no layer has experts to spread; set it to 1",
+        ),
+    ],
+)
+def test_experts_that_cannot_be_spread_are_named(load: Callable[..., RunConfig], layer: str, message: str) -> None:
+    assert load(MINIMAL, "parallel.expert=4").parallel.expert == 4
+    with pytest.raises(UserError) as caught:
+        load(MINIMAL, "parallel.expert=4", f"model.overrides=[{layer}]")
+    assert str(caught.value).splitlines()[1] == f"  {message}"
 
 
 def test_a_union_without_tag_names_the_place_for_each_of_its_ways(load: Callable[..., RunConfig]) -> None:
