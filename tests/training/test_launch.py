@@ -44,7 +44,8 @@ def test_two_ranks_end_where_one_process_does(
     pretrain(RunConfig.model_validate(exact | {"run_dir": str(alone)}))
     run = Path(exact["run_dir"])
     config = write_config(exact)
-    process = moe_process("launch", "--ranks", "2", "--", "pretrain", str(config), "log.every=3")
+    spread = ("parallel.expert=2", "parallel.zero_stage=1")
+    process = moe_process("launch", "--ranks", "2", "--", "pretrain", str(config), "log.every=3", *spread)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, output + errors
     summary, expected = (json.loads((folder / "summary.json").read_text()) for folder in (run, alone))
@@ -63,7 +64,9 @@ def test_two_ranks_end_where_one_process_does(
 def test_deepspeeds_own_launcher_starts_it(
     exact: dict[str, Any], write_config: Callable[[dict[str, Any]], Path]
 ) -> None:
-    exact["train"]["max_steps"] = 1
+    # With what a large run turns on besides.
+    exact["train"] |= {"max_steps": 1, "precision": "bf16", "activation_checkpointing": True}
+    exact["parallel"] = {"zero_stage": 2, "expert": 2}
     words = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
     words += ["--hostfile", os.devnull, "--master_port", str(free_port())]
     words += ["--module", "training.pretrain", str(write_config(exact))]

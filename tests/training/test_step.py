@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.conftest import run_ranks
+from tests.training.workers import record
+from training.engine import Ranks
 
 STAGES = (0, 1, 2, 3)
 
@@ -34,13 +36,48 @@ def test_two_ranks_and_accumulation_give_the_gradients_of_one_process(
     exact: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
 ) -> None:
     config = str(write_config(exact))
-    variants = [f"{stage},{accumulation}" for stage in STAGES for accumulation in (1, 2)]
+    variants = [f"{stage},{accumulation},1" for stage in STAGES for accumulation in (1, 2)]
+    # Contract 2 of docs/routing.md: nor does it depend on the expert-parallel size.
+    variants += ["0,1,2", "1,2,2", "2,2,2", "3,2,2"]
     for world, chosen in ((1, ["0,1", "0,2"]), (2, variants)):
         (tmp_path / str(world)).mkdir()
         run_ranks(world, "record", config, str(tmp_path / str(world)), *chosen)
     for variant in variants:
         accumulation = variant.split(",")[1]
         assert_same(tmp_path / "2" / f"{variant}.safetensors", tmp_path / "1" / f"0,{accumulation}.safetensors")
+
+
+@pytest.mark.distributed
+def test_a_run_goes_on_the_same_wherever_its_experts_are(
+    exact: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path, alone: Ranks
+) -> None:
+    config = str(write_config(exact))
+
+    def go_on(world: int, name: str, variants: list[str], source: str = "") -> None:
+        """Three clipped steps on from what an earlier call left, into the folder `name`."""
+        (tmp_path / name).mkdir()
+        chosen = [f"{variant},{tmp_path / source}" if source else variant for variant in variants]
+        arguments = (config, str(tmp_path / name), *chosen)
+        record(*arguments) if world == 1 else run_ranks(world, "record", *arguments)
+
+    # ZeRO stage, accumulation and expert-parallel size
+    stay, to_two, to_four, to_edge = "0,2,1", "1,2,2", "2,2,2", "0,2,4"
+    go_on(1, "first", [stay])
+    for name, source in (("second", "first"), ("third", "second"), ("fourth", "third")):
+        go_on(1, name, [stay], f"{source}/{stay}.safetensors")
+    go_on(2, "moved second", [to_two], f"first/{stay}.safetensors")
+    go_on(4, "moved third", [to_four, to_edge], f"moved second/{to_two}.safetensors")
+    go_on(1, "moved fourth", [stay], f"moved third/{to_four}.safetensors")
+    for name, variants in (("second", [to_two]), ("third", [to_four, to_edge]), ("fourth", [stay])):
+        for variant in variants:
+            moved, stayed = (
+                tmp_path / f"moved {name}" / f"{variant}.safetensors",
+                tmp_path / name / f"{stay}.safetensors",
+            )
+            assert_same(moved, stayed)
+            torch.testing.assert_close(
+                load_file(moved)["losses"], load_file(stayed)["losses"], rtol=1e-6, atol=0, msg=f"{name} {variant}"
+            )
 
 
 @pytest.mark.distributed
@@ -79,7 +116,7 @@ def test_under_every_router_two_ranks_give_the_gradients_of_one_process(
 
 
 def assert_same(actual_file: Path, expected_file: Path) -> None:
-    """Gradients, gradient norm, parameters, buffers and moments are equal to float32 tolerance, each by its name."""
+    """Gradients, their norm, parameters, buffers, moments, losses and loads are equal to float32 tolerance, by name."""
     actual, expected = load_file(actual_file), load_file(expected_file)
     assert actual.keys() == expected.keys()
     assert len([name for name in expected if name.startswith("gradient ")]) > 20

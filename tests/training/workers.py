@@ -2,58 +2,53 @@
 
 import json
 import sys
-from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe import MaskedLM
+from tests.training import spread
 from training import step
 from training.cli import leave
 from training.config import RunConfig
-from training.data.packing import TrainingStream
-from training.data.prepare import prepare
-from training.data.tokenizer import vocabulary
-from training.engine import (
-    Ranks,
-    build_engine,
-    main_first,
-    read_gradient,
-    start_processes,
-    stop_processes,
-)
-from training.optimizer_state import whole_moments, whole_parameters
+from training.data.packing import DataPosition, TrainingStream
+from training.data.prepare import PreparedData, prepare
+from training.engine import Ranks, main_first, read_gradient, start_processes, stop_processes
+from training.optimizer_state import load_moments, whole_moments, whole_parameters
+from training.pretrain import assemble as put_together
 from training.pretrain import pretrain
 
 
 def assemble(run: RunConfig, ranks: Ranks) -> tuple[Any, TrainingStream]:
-    """The engine and the data of a run, as `training.pretrain` puts them together."""
-    with main_first(ranks):
-        data = prepare(run.data)
-    torch.manual_seed(run.seed)
-    model = MaskedLM(run.model)
-    accumulation = ceil(run.train.step_tokens / (run.train.micro_batch_tokens * ranks.world))
-    engine = build_engine(model, run, accumulation, ranks)
-    stream = TrainingStream(
-        data.train,
-        run.data.masking,
-        vocabulary(data.tokenizer),
-        seed=run.seed,
-        step_tokens=run.train.step_tokens,
-        rank=ranks.rank,
-        world=ranks.world,
-        accumulation=accumulation,
-    )
+    """The engine and the data of a run."""
+    engine, stream, _ = put_together(run, prepared(run, ranks), ranks)
     return engine, stream
 
 
-def record_steps(run: RunConfig, ranks: Ranks, steps: int = 3) -> dict[str, Tensor]:
-    """Train a few steps; return the first one's gradients, and the parameters and moments after the last."""
-    engine, stream = assemble(run, ranks)
+def prepared(run: RunConfig, ranks: Ranks) -> PreparedData:
+    with main_first(ranks):
+        return prepare(run.data)
+
+
+def record_steps(run: RunConfig, ranks: Ranks, steps: int = 3, source: Path | None = None) -> dict[str, Tensor]:
+    """Train a few steps; return the first one's gradients, the losses, and what is there after the last.
+
+    That is parameters, moments, held-out loss, and held-out load of each router.
+
+    Args:
+        source: where such a record was saved, to go on from there.
+    """
+    before = load_file(source) if source else {}
+    engine, stream, evaluate = put_together(run, prepared(run, ranks), ranks, named(before, "parameter") or None)
+    start = 0
+    if before:
+        start = int(before["step"])
+        stream.position = DataPosition(*before["position"].tolist())
+        load_moments(engine, named(before, "moment"), start)
     recorded: dict[str, Tensor] = {}
 
     def record_gradients(engine: Any) -> float:
@@ -65,11 +60,20 @@ def record_steps(run: RunConfig, ranks: Ranks, steps: int = 3) -> dict[str, Tens
         return norm
 
     original, step.step_and_norm = step.step_and_norm, record_gradients
+    losses = []
     try:
-        for number in range(steps):
-            step.train_step(engine, stream.next_step(), run.objective, ranks, number)
+        for number in range(start, start + steps):
+            result = step.train_step(engine, stream.next_step(), run.objective, ranks, number)
+            losses.append(result.parts["masked_lm"])
     finally:
         step.step_and_norm = original
+    recorded["losses"] = torch.tensor(losses, dtype=torch.float64)
+    recorded["step"] = torch.tensor(start + steps)
+    recorded["position"] = torch.tensor(stream.position)
+    held_out = evaluate()
+    recorded["held-out loss"] = torch.tensor(held_out.loss, dtype=torch.float64)
+    for name, stats in held_out.routing.items():
+        recorded[f"load {name}"] = stats.assigned
     for name, tensor in whole_parameters(engine):
         recorded[f"parameter {name}"] = tensor.clone()
     for name, tensor in whole_moments(engine):
@@ -77,18 +81,27 @@ def record_steps(run: RunConfig, ranks: Ranks, steps: int = 3) -> dict[str, Tens
     return recorded
 
 
+def named(recorded: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Of a record, the tensors of one kind, by the names that the model knows."""
+    return {name.removeprefix(f"{kind} "): t for name, t in recorded.items() if name.startswith(f"{kind} ")}
+
+
 def record(config: str, out: str, *variants: str) -> None:
-    """`record_steps` for each variant `zero_stage,accumulation[,expert]`, into `OUT/<variant>.safetensors`."""
+    """`record_steps` for each variant `zero_stage,accumulation[,expert[,SOURCE]]`, into a file in OUT.
+
+    It is named by the variant's numbers. SOURCE is a record to go on from.
+    """
     ranks = start_processes()
     data = yaml.safe_load(Path(config).read_text())
     for variant in variants:
-        stage, accumulation, *expert = map(int, variant.split(","))
+        *numbers, source = variant.split(",", 3) if variant.count(",") > 2 else (*variant.split(","), "")
+        stage, accumulation, *expert = map(int, numbers)
         data["parallel"] = {"zero_stage": stage, "expert": expert[0] if expert else 1}
         data["train"]["micro_batch_tokens"] = data["train"]["step_tokens"] // (accumulation * ranks.world)
-        recorded = record_steps(RunConfig.model_validate(data), ranks)
+        run = RunConfig.model_validate(data)
+        recorded = record_steps(run, ranks, source=Path(source) if source else None)
         if ranks.is_main:
-            save_file(recorded, Path(out) / f"{variant}.safetensors")
-    stop_processes()
+            save_file(recorded, Path(out) / f"{','.join(numbers)}.safetensors")
 
 
 def pretrain_all(out: str, *cases: str) -> None:
@@ -111,9 +124,15 @@ def record_routers(config: str, out: str, *routers: str) -> None:
         recorded = record_steps(RunConfig.model_validate(data), ranks)
         if ranks.is_main:
             save_file(recorded, Path(out) / f"{number}.safetensors")
-    stop_processes()
+
+
+def compare_spread_layers() -> None:
+    """Layers whose experts are spread over all ranks, against whole ones."""
+    start_processes()
+    spread.compare_all(dist.group.WORLD)
 
 
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])
+    stop_processes()
     leave(0)
