@@ -3,6 +3,8 @@
 Shape legend in `routing/types.py`; F hidden width of an expert.
 """
 
+import argparse
+from collections.abc import Mapping
 from functools import cached_property
 from math import sqrt
 from typing import NamedTuple
@@ -29,6 +31,16 @@ class LayerCase(NamedTuple):
     def for_gated(self) -> "LayerCase":
         """Two thirds of the hidden width (a multiple of 8): three matrices with the arithmetic of two."""
         return self._replace(hidden=round(self.hidden / 12) * 8)
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def add_options(parser: argparse.ArgumentParser, cases: Mapping[str, LayerCase]) -> None:
+    """What chooses a part of a benchmark of layers."""
+    parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases), metavar="CASE", help=f"of {[*cases]}")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--contenders", nargs="+", default=[], metavar="PREFIX", help="beginnings of names")
 
 
 class Given(NamedTuple):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import ExpertWeights, Given, LayerCase, balanced, given
-from benchmarks.peers import GATED, GPU_PEERS, PEERS, Layer, Unavailable
+from benchmarks.gpu_peers import GPU_PEERS
+from benchmarks.peers import PEERS, Layer, Unavailable
 from moe.config import ExpertsConfig
 from moe.experts.layer import MoEFeedForward
 from moe.feed_forward import FeedForward
@@ -102,10 +103,10 @@ def layers(case: LayerCase, dtype: torch.dtype, device: torch.device, wanted: li
     makers["ours auto, own router"] = lambda: Ours(weights, "auto", own_router=True)
     makers["ours auto, swiglu"] = lambda: Ours(swiglu, "auto")  # beside Qwen3's
     for name, peer in (PEERS | GPU_PEERS if device.type == "cuda" else PEERS).items():
-        makers[name] = partial(peer, swiglu if name in GATED else weights)
+        makers[name] = partial(peer, swiglu if name.startswith("Qwen3") else weights)
     built: dict[str, Layer] = {}
     for name, make in makers.items():
-        if name == LIMIT or not wanted or any(name.startswith(start) for start in wanted):
+        if name == LIMIT or is_wanted(name, wanted):
             try:
                 built[name] = _tried(make(), dtype, device)
             except Exception as error:
@@ -113,6 +114,11 @@ def layers(case: LayerCase, dtype: torch.dtype, device: torch.device, wanted: li
                     raise
                 leave_out(case.name, name, error)
     return built
+
+
+def is_wanted(name: str, wanted: list[str]) -> bool:
+    """Whether a name begins with one of `wanted`; if none are given, all are."""
+    return not wanted or any(name.startswith(start) for start in wanted)
 
 
 def _tried(layer: Layer, dtype: torch.dtype, device: torch.device) -> Layer:

@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=1024, help="active feed-forward width")
     parser.add_argument("--batches", type=int, default=4, help="in one timed pass")
-    parser.add_argument("--batch", type=int, default=16, help="sequences in a batch")
+    parser.add_argument("--batch", type=int, default=8, help="sequences in a batch")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

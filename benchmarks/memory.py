@@ -7,7 +7,6 @@ see), and the gradients are told by their addresses; on a GPU it is the allocato
 tokens, four times the memory.
 """
 
-import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,13 +15,12 @@ from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.cases import LayerCase, balanced, given
+from benchmarks.cases import DTYPES, LayerCase, add_options, balanced, given
 from benchmarks.common import Row, arguments, device_in_use, save, show
 from benchmarks.contenders import LIMIT, layers, leave_out
 
 CASES = {case.name: case for case in (LayerCase(512, 1024, 32, 2), LayerCase(512, 1024, 64, 1))}
 TOKENS = (1024, 2048, 4096, 8192)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def peak_bytes(call: Callable[[], None], gradients: Callable[[], list[Tensor]]) -> int:
@@ -60,7 +58,6 @@ def _allocations(tree: list[Any]) -> Iterator[Any]:
 def forget(leaves: list[Tensor], inputs: Tensor) -> None:
     for leaf in (*leaves, inputs):
         leaf.grad = None
-    gc.collect()
 
 
 def measure(case: LayerCase, dtype: str, token_counts: list[int], wanted: list[str]) -> list[Row]:
@@ -104,9 +101,7 @@ def measure(case: LayerCase, dtype: str, token_counts: list[int], wanted: list[s
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=f"of {[*CASES]}")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--contenders", nargs="+", default=[], metavar="PREFIX", help="beginnings of names")
+    add_options(parser, CASES)
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)

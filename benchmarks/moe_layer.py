@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Given, LayerCase, balanced, given, zipf
+from benchmarks.cases import DTYPES, Given, LayerCase, add_options, balanced, given, zipf
 from benchmarks.common import Row, arguments, device_in_use, interleaved_seconds, save, show, train_call
 from benchmarks.contenders import LIMIT, layers, leave_out
 from benchmarks.peers import Layer
@@ -30,7 +30,6 @@ CASES = {
     )
 }
 ROUTINGS = {"balanced": balanced, "zipf": zipf}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODES = ("forward", "forward+backward")
 
 
@@ -96,11 +95,9 @@ def cublas_tflops(flops: float, dtype: torch.dtype, rounds: int) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__, rounds=7)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=f"of {[*CASES]}")
+    add_options(parser, CASES)
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--contenders", nargs="+", default=[], metavar="PREFIX", help="beginnings of names")
     parser.add_argument("--tokens", type=int, default=4096)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)

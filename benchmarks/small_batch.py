@@ -1,9 +1,9 @@
 """Few tokens: the layer's latency at inference against the time its chosen experts' weights take to read.
 
 With few tokens every chosen expert multiplies a few rows, and the layer takes as long as its weights take to arrive.
-`limit` is that floor in matrix products: for each distinct chosen expert its own rows times its two dense matrices, with
-GELU between, rows sorted beforehand. `reading` is the floor below it: one pass over the same matrices that only takes
-their maximum; `ratio_to_reading` is against that.
+`limit` is that floor in matrix products: for each distinct chosen expert its own rows times its two dense matrices,
+with GELU between, rows sorted beforehand. `reading` is the floor below it: one pass over the same matrices that takes
+only their maximum; `ratio_to_reading` is against that.
 
 Weights are cold. Tokens take experts in turn from a shuffled deck, over as many inputs and layers as it takes to meet
 every expert of every layer, and layers enough to exceed the last-level cache four times: before an expert's weights are
@@ -19,17 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.cases import ExpertWeights, Given, LayerCase, given, in_turn
+from benchmarks.cases import DTYPES, ExpertWeights, Given, LayerCase, add_options, given, in_turn
 from benchmarks.common import Row, arguments, device_in_use, interleaved_seconds, save, show
-from benchmarks.contenders import BACKENDS, LIMIT, Ours, leave_out
+from benchmarks.contenders import BACKENDS, LIMIT, Ours, is_wanted, leave_out
 from benchmarks.peers import Layer, Qwen3
 from routing.errors import UserError
 
 CASES = {case.name: case for case in (LayerCase(512, 1024, 32, 2), LayerCase(256, 512, 64, 2))}
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COLD = 4  # times the last-level cache
-PEERS = {f"Qwen3 {name}": name for name in ("eager", "grouped_mm")}
 
 
 def last_level_cache() -> int:
@@ -87,21 +85,22 @@ def floors(deck: Deck, calls: list[tuple[int, Given]], x: Tensor) -> dict[str, C
     return {LIMIT: products, "reading": reading}
 
 
-def contenders(deck: Deck) -> dict[str, list[Layer]]:
+def contenders(deck: Deck, wanted: list[str]) -> dict[str, list[Layer]]:
     """A layer for each of the deck's weights, by name."""
-    built: dict[str, list[Layer]] = {}
+    makers: dict[str, Callable[[int], Layer]] = {}
     for backend in BACKENDS:
-        try:
-            built[f"ours {backend}"] = [Ours(weights, backend) for weights in deck.weights]
-        except (UserError, ImportError) as error:
-            leave_out(deck.case.name, f"ours {backend}", error)
-    built["ours auto, own router"] = [Ours(weights, "auto", own_router=True) for weights in deck.weights]
-    for name, implementation in PEERS.items():
-        try:
-            built[name] = [Qwen3(weights, implementation) for weights in deck.swiglu]
-        except ImportError as error:
-            leave_out(deck.case.name, name, error)
-    return {name: [layer.eval() for layer in stack] for name, stack in built.items()}
+        makers[f"ours {backend}"] = lambda n, backend=backend: Ours(deck.weights[n], backend)
+    makers["ours auto, own router"] = lambda n: Ours(deck.weights[n], "auto", own_router=True)
+    for implementation in ("eager", "grouped_mm"):
+        makers[f"Qwen3 {implementation}"] = lambda n, name=implementation: Qwen3(deck.swiglu[n], name)
+    built: dict[str, list[Layer]] = {}
+    for name, make in makers.items():
+        if is_wanted(name, wanted):
+            try:
+                built[name] = [make(n).eval() for n in range(deck.depth)]
+            except (UserError, ImportError) as error:
+                leave_out(deck.case.name, name, error)
+    return built
 
 
 def turn(stack: list[Layer], calls: list[tuple[int, Given]], x: Tensor) -> Callable[[], None]:
@@ -119,12 +118,12 @@ def turn(stack: list[Layer], calls: list[tuple[int, Given]], x: Tensor) -> Calla
 def measure(case: LayerCase, dtype: str, token_counts: list[int], wanted: list[str], rounds: int) -> list[Row]:
     torch.manual_seed(0)
     deck = Deck(case, DTYPES[dtype], device_in_use())
-    built = contenders(deck)
+    built = contenders(deck, wanted)
     rows: list[Row] = []
     for tokens in token_counts:
         calls, x = deck.deal(tokens)
         made = floors(deck, calls, x)
-        made |= {name: turn(stack, calls, x) for name, stack in built.items() if _is_wanted(name, wanted)}
+        made |= {name: turn(stack, calls, x) for name, stack in built.items()}
         with torch.inference_mode():
             seconds = interleaved_seconds(made, rounds)
         for name in made:
@@ -143,24 +142,18 @@ def measure(case: LayerCase, dtype: str, token_counts: list[int], wanted: list[s
     return rows
 
 
-def _is_wanted(name: str, wanted: list[str]) -> bool:
-    return not wanted or any(name.startswith(start) for start in wanted)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__, rounds=15)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=f"of {[*CASES]}")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--contenders", nargs="+", default=[], metavar="PREFIX", help="beginnings of names")
+    add_options(parser, CASES)
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     rows: list[Row] = []
     for name in options.cases:
         for dtype in options.dtypes:
-            rows += measure(CASES[name], dtype, options.tokens, options.contenders, options.rounds)
-            title = f"Few tokens, {name} {dtype}, {device_in_use().type}, {options.threads} thread(s)"
-            show(title, [row for row in rows if row["case"].startswith(name) and row["dtype"] == dtype], None)
+            found = measure(CASES[name], dtype, options.tokens, options.contenders, options.rounds)
+            show(f"Few tokens, {name} {dtype}, {device_in_use().type}, {options.threads} thread(s)", found, None)
+            rows += found
     save(rows, options.json)
 
 

@@ -1,4 +1,4 @@
-"""Every peer computes what our layer does with the same weights and routing: so the benchmarks compare like with like."""
+"""Every peer computes what our layer does with the same weights and routing, so benchmarks compare like with like."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from benchmarks.cases import ExpertWeights, Given, LayerCase, balanced, given, in_turn, zipf
 from benchmarks.contenders import BACKENDS, Limit, Ours
-from benchmarks.peers import GATED, PEERS, Layer, Unavailable
+from benchmarks.peers import PEERS, Layer, Unavailable
 from routing.errors import UserError
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def make(name: str, weights: ExpertWeights) -> Layer:
 @pytest.mark.parametrize("name", PEERS)
 def test_same_weights_and_routing_give_our_output_and_gradient(name: str, top_k: int) -> None:
     case = case_of(top_k)
-    weights, x = weights_of(case, name in GATED), torch.randn(TOKENS, case.width)
+    weights, x = weights_of(case, "Qwen3" in name), torch.randn(TOKENS, case.width)
     peer, routing = make(name, weights), given(balanced(TOKENS, case), case.experts, CPU)
     for theirs, ours in zip(run(peer, x, routing), run(Ours(weights, "loop"), x, routing), strict=True):
         assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
