@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.common import Row, arguments, show
-from routing import RoutingStats, add_stats, max_over_mean
+from routing import RoutingStats, Tokens, add_stats, max_over_mean
 from routing.logits import RouterLogits
 from training.config import RunConfig
 from training.data.prepare import prepare
@@ -49,13 +49,13 @@ ARMS: dict[str, dict[str, Any]] = {
 class BatchCentred(RouterLogits):
     """Subtracts the mean of the tokens at hand in training, a running mean at evaluation: the peer to centring."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tokens, by_sequence: bool = False) -> Tensor:
         if self.training:
             mean = x.detach().float().mean(0)
             self.seen = mean if not hasattr(self, "seen") else self.seen + 0.1 * (mean - self.seen)
         else:
             mean = self.seen
-        return super().forward(x.float() - mean)
+        return super().forward(x.float() - mean, tokens, by_sequence)
 
 
 def run_config(router: dict[str, Any], steps: int, folder: str) -> RunConfig:

@@ -3,7 +3,7 @@
 `share_of_layer` is the time of router and statistics over that of a whole mixture-of-experts layer with a token-choice
 router (d 512, 64 experts of 1024, K 2, T 4096); the target is at most 0.05. `vs_bare` is the same time over that of
 `linear, softmax, topk` and one more pass over the logits (a logsumexp), which any router needs; the target is at most
-1.10 for token choice.
+1.10 for token choice. All are in training mode.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,10 @@ from routing import (
     CapacityConfig,
     CentringConfig,
     ExpertChoiceConfig,
+    GaussianNoiseConfig,
     GroupLimitConfig,
     HashConfig,
+    JitterConfig,
     LearnedConfig,
     RouterConfig,
     RoutingLossConfig,
@@ -30,6 +32,7 @@ from routing import (
     build_router,
     route,
 )
+from routing.noise import new_state, normal, token_keys, uniform
 from routing.selection import _ordered_keys, top_k
 
 TOKENS, WIDTH, EXPERTS, TOP_K, LENGTH = 4096, 512, 64, 2, 128
@@ -43,6 +46,8 @@ ROUTERS: dict[str, RouterConfig] = {
     "token choice, 4 of 8 groups": TokenChoiceConfig(top_k=TOP_K, groups=GroupLimitConfig(count=8, chosen=4)),
     "token choice, sigmoid": TokenChoiceConfig(top_k=TOP_K, score="sigmoid"),
     "token choice, capacity 1.25": TokenChoiceConfig(top_k=TOP_K, capacity=CapacityConfig()),
+    "token choice, jitter": TokenChoiceConfig(top_k=TOP_K, noise=JitterConfig()),
+    "token choice, gaussian noise": TokenChoiceConfig(top_k=TOP_K, noise=GaussianNoiseConfig()),
     "sequence choice": TokenChoiceConfig(top_k=TOP_K, scope="sequence"),
     "expert choice": ExpertChoiceConfig(factor=TOP_K),
     "threshold": ThresholdConfig(max_choices=4),
@@ -106,6 +111,7 @@ def main() -> None:
             )
     show(f"Routers with their statistics, {device}, {options.threads} thread(s)", rows, options.json)
     show("Top-k with ties broken by index, against torch.topk", selection_rows(device), None)
+    show("Noise that is a hash, against torch's generator", noise_rows(tokens), None)
 
 
 def selection_rows(device: str) -> list[Row]:
@@ -123,6 +129,26 @@ def selection_rows(device: str) -> list[Row]:
         )
         rows.append({"E": experts, "K": k, **{f"{name} ms": value * 1e3 for name, value in seconds.items()}})
     return rows
+
+
+def noise_rows(tokens: Tokens) -> list[Row]:
+    """Jitter's numbers and those of noise on logits; ours with the keys of the tokens, which need their sequences."""
+    device = tokens.ids.device
+    state = new_state().to(device)
+    empty, shape = torch.empty(TOKENS, WIDTH, device=device), (TOKENS, EXPERTS)
+    seconds = interleaved_seconds(
+        {
+            "uniform, torch": lambda: torch.empty_like(empty).uniform_(-1, 1),
+            "uniform, ours": lambda: uniform(token_keys(tokens, state), WIDTH),
+            "normal, torch": lambda: torch.randn(shape, device=device),
+            "normal, ours": lambda: normal(token_keys(tokens, state), EXPERTS),
+        },
+        rounds=31,
+    )
+    return [
+        {"numbers": kind, **{f"{who} ms": seconds[f"{kind}, {who}"] * 1e3 for who in ("torch", "ours")}}
+        for kind in ("uniform", "normal")
+    ]
 
 
 if __name__ == "__main__":

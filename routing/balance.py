@@ -1,5 +1,6 @@
-"""What a router has besides parameters, updated once per optimizer step: selection bias and centre."""
+"""What a router has besides parameters, updated once per optimizer step: selection bias, centre, the noise's step."""
 
+import torch
 from torch import Tensor, nn
 
 from routing.logits import RouterLogits
@@ -46,7 +47,7 @@ def updated_buffers(router: nn.Module, stats: RoutingStats, step: int = 0) -> li
     """The router's buffers, each with its value for the next optimizer step; for the trainer to copy.
 
     Args:
-        router: of any kind; those without buffers give none.
+        router: of any kind; those without buffers give none. The noise's step is counted here, whatever `step` is.
         stats: of the whole optimizer step, over all micro-batches and ranks.
         step: 0-based, for rates that change.
     """
@@ -56,6 +57,9 @@ def updated_buffers(router: nn.Module, stats: RoutingStats, step: int = 0) -> li
         bias, rate = router.selection_bias, coefficient_at(router.config.selection_bias.rate, step)
         updates.append((bias, updated_selection_bias(bias, stats.assigned.to(bias.device), rate)))
     logits = getattr(router, "logits", None)
+    if isinstance(logits, RouterLogits) and logits.noise_state is not None:
+        state = logits.noise_state
+        updates.append((state, state + torch.arange(2, device=state.device)))  # the same key, the next step
     if isinstance(logits, RouterLogits) and logits.center is not None:
         assert logits.centring is not None
         center = logits.center

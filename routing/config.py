@@ -57,12 +57,16 @@ class CapacityConfig(Config):
 
     A choice has `ceil(factor * top_k * tokens / choices)` slots, at least `minimum`. The tokens are those of one
     micro-batch on one rank, so with capacity a step's gradient depends on how the step is cut.
+
+    Who keeps a slot: by `probability`, of a choice's assignments those with the highest probability of that choice,
+    each ranked by itself (V-MoE's batch priority, arXiv 2106.05974, ranks whole tokens by their best one); by
+    `position`, all first choices in token order, then all second ones, and so on (GShard).
     """
 
     train: float = Field(default=1.25, gt=0)
     evaluation: float | None = Field(default=None, gt=0)  # None: dropless at evaluation
     minimum: int = Field(default=1, ge=1)
-    order: Literal["probability", "position"] = "probability"  # who keeps a slot when there are too few
+    order: Literal["probability", "position"] = "probability"
 
 
 class LinearCoefficient(Config):
@@ -86,21 +90,28 @@ class SelectionBiasConfig(Config):
 class CentringConfig(Config):
     """Subtract a running mean from the router's input, updated once per optimizer step.
 
-    A direction that all tokens share moves all of them to the same choices; without it they spread.
+    A direction that all tokens share moves all of them to the same choices; without it they spread. The mean starts at
+    0, so a fresh router is centred in full only after some `1 / rate` steps.
     """
 
     rate: Rate = 0.1  # how far the mean moves to that of the last step
 
 
 class JitterConfig(Config):
-    """Training only: the router's input times uniform(1 - amount, 1 + amount) (Switch, arXiv 2101.03961)."""
+    """Training only: the router's input times uniform(1 - amount, 1 + amount) (Switch, arXiv 2101.03961).
+
+    As all noise, it doesn't depend on how a step is cut into ranks and micro-batches (`routing.noise`).
+    """
 
     kind: Literal["jitter"] = "jitter"
     amount: float = Field(default=0.01, gt=0, lt=1)
 
 
 class GaussianNoiseConfig(Config):
-    """Training only: logits plus normal noise of a learned scale (noisy top-k, arXiv 1701.06538, eq. 4)."""
+    """Training only: logits plus normal noise of a learned scale (noisy top-k, arXiv 1701.06538, eq. 4).
+
+    As all noise, it doesn't depend on how a step is cut into ranks and micro-batches (`routing.noise`).
+    """
 
     kind: Literal["gaussian"] = "gaussian"
 

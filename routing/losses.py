@@ -87,6 +87,9 @@ def entropy_loss(stats: RoutingStats, totals: RoutingTotals | None = None) -> Te
 def z_loss(stats: RoutingStats, totals: RoutingTotals | None = None) -> Tensor:
     """Router z-loss, the mean of `logsumexp(logits)^2` (ST-MoE, arXiv 2202.08906, eq. 5). Additive, so exact.
 
+    The sum of T squares leaves float32 where a logsumexp passes 1.8e19 / sqrt(T). Then the loss is infinite, not NaN,
+    and not clamped: such a router has diverged, and training is to stop there rather than go on without a gradient.
+
     Returns:
         `[]` float32; its coefficient is usually 1e-3.
     """

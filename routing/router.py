@@ -2,7 +2,7 @@
 
 Each kind is a module with the same call, `router(x, tokens) -> Routing`; `build_router` makes the one that a config
 names. Arithmetic is float32 whatever the dtype of `x` and under autocast. `forward` mutates nothing: the selection
-bias and the centre are updated from outside, once per optimizer step (`routing.balance`).
+bias, the centre and the noise's step are updated from outside, once per optimizer step (`routing.balance`).
 """
 
 import torch
@@ -44,15 +44,16 @@ class TokenChoice(nn.Module):
     def forward(self, x: Tensor, tokens: Tokens) -> Routing:
         """`[T, D]` of any floating dtype -> Routing with K = `top_k`."""
         if self.config.scope == "token":
-            return self._route(x)
+            return self._route(x, tokens)
         # Chosen once per sequence and handed to its tokens; then counts are of tokens, as everywhere.
-        routing = self._route(sequence_means(x, tokens.cu_seqlens))
+        routing = self._route(sequence_means(x, tokens.cu_seqlens), tokens)
         sequence = sequence_of_token(tokens.cu_seqlens, x.shape[0])
         return _for_tokens(routing, sequence)
 
-    def _route(self, x: Tensor) -> Routing:
+    def _route(self, x: Tensor, tokens: Tokens) -> Routing:
+        """Rows of `x` are tokens or sequences, as the scope has it."""
         config = self.config
-        logits = self.logits(x)
+        logits = self.logits(x, tokens, by_sequence=config.scope == "sequence")
         with torch.autocast(x.device.type, enabled=False):
             if config.score == "sigmoid":
                 logits = nn.functional.logsigmoid(logits)
@@ -100,7 +101,7 @@ class ExpertChoice(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tokens) -> Routing:
         """`[T, D]` of any floating dtype -> Routing; K is E, or less where that costs no wait for a GPU."""
-        logits = self.logits(x)
+        logits = self.logits(x, tokens)
         count, num_choices = logits.shape
         with torch.autocast(x.device.type, enabled=False):
             probs = logits.softmax(-1)
@@ -133,7 +134,7 @@ class Threshold(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tokens) -> Routing:
         """`[T, D]` of any floating dtype -> Routing with K = `max_choices`."""
-        logits = self.logits(x)
+        logits = self.logits(x, tokens)
         with torch.autocast(x.device.type, enabled=False):
             probs = logits.softmax(-1)
             ranked = top_k(probs.detach(), self.config.max_choices)
@@ -194,8 +195,12 @@ class Learned(nn.Module):
             if self.config.gates == "straight_through":
                 weights = 1 / self.config.top_k + (weights - weights.detach())
             kept = torch.ones_like(choices, dtype=torch.bool)
-            everybody = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-            return _for_tokens(Routing(logits, probs, choices, weights, kept, choices.numel()), everybody)
+
+            def shared(row: Tensor) -> Tensor:
+                return row.expand(x.shape[0], -1)  # no copies
+
+            most_kept = x.shape[0] * self.config.top_k
+            return Routing(shared(logits), shared(probs), shared(choices), shared(weights), shared(kept), most_kept)
 
 
 Router = TokenChoice | ExpertChoice | Threshold | Hash | Learned

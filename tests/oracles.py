@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from itertools import pairwise
 from math import ceil, sqrt
+from struct import pack, unpack
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +120,31 @@ def route(router: Router, x: Tensor, tokens: Tokens) -> Routing:
 def raw_logits(logits: RouterLogits, token: Tensor) -> Tensor:
     centred = token.float() if logits.center is None else token.float() - logits.center
     return torch.stack([(row * centred).sum() for row in logits.weight.float()])
+
+
+def noise(ids: list[int], key: int, step: int, columns: int) -> tuple[list[float], list[list[float]]]:
+    """The uniform numbers of one sequence, and of each of its tokens; whole numbers of as many bits as Python likes."""
+
+    def mix(x: int) -> int:
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = (x ^ (x >> shift)) * factor % 2**64
+        return x ^ (x >> 31)
+
+    def row(state: int) -> list[float]:
+        numbers = []
+        for column in range(columns):
+            bits = mix(state % 2**64) >> 32 ^ mix(column * golden % 2**64) >> 32
+            bits = bits * 0x85EBCA6B % 2**32
+            bits = (bits ^ bits >> 13) * 0xC2B2AE35 % 2**32
+            signed = bits - 2**32 if bits >= 2**31 else bits
+            rounded = unpack("f", pack("f", signed))[0]
+            numbers.append(unpack("f", pack("f", rounded * (1 - 2**-24) / 2**31))[0])
+        return numbers
+
+    golden = 0x9E3779B97F4A7C15
+    content = sum(mix((position * 2**32 + token) % 2**64) for position, token in enumerate(ids, start=1))
+    start = content + mix((key + step * golden) % 2**64)
+    return row(start), [row(start + position * golden) for position in range(len(ids))]
 
 
 def token_choice(router: TokenChoice, x: Tensor, tokens: Tokens) -> Routing:

@@ -72,7 +72,7 @@ def assemble(run: RunConfig, data: PreparedData, ranks: Ranks, weights: dict[str
     model.encoder.recompute_blocks = run.train.activation_checkpointing
     accumulation = ceil(run.train.step_tokens / (run.train.micro_batch_tokens * ranks.world))
     engine = build_engine(model, run, accumulation, ranks)
-    torch.manual_seed(run.seed + 1 + ranks.rank)  # dropout and noise differ between ranks
+    torch.manual_seed(run.seed + 1 + ranks.rank)  # dropout differs between ranks
     stream = TrainingStream(
         data.train,
         run.data.masking,

@@ -33,6 +33,8 @@ TOKEN_CHOICE: dict[str, dict[str, Any]] = {
     "gaussian noise": {"top_k": 2, "noise": {"kind": "gaussian"}},
     "centred": {"top_k": 2, "centring": {"rate": 0.25}},
     "sequence scope": {"top_k": 2, "scope": "sequence"},
+    "sequence scope, jitter": {"top_k": 2, "scope": "sequence", "noise": {"kind": "jitter", "amount": 0.3}},
+    "sequence scope, gaussian noise": {"top_k": 2, "scope": "sequence", "noise": {"kind": "gaussian"}},
     "sequence scope, sigmoid, groups, bias": {
         "top_k": 2,
         "scope": "sequence",
@@ -92,7 +94,8 @@ def config_of(config: dict[str, Any]) -> RouterConfig:
 def with_opinions(router: nn.Module) -> None:
     """Give a router logits that differ, a bias that matters and a centre that isn't zero."""
     for tensor in (*router.parameters(), *router.buffers()):
-        nn.init.normal_(tensor, std=0.7)
+        if tensor.is_floating_point():
+            nn.init.normal_(tensor, std=0.7)
 
 
 def router_of(config: dict[str, Any] | str, width: int = WIDTH, num_choices: int = CHOICES) -> Router:
@@ -121,6 +124,9 @@ def depends_on_batch_mates(router: Router) -> bool:
     return (isinstance(config, TokenChoiceConfig) and config.capacity is not None) or (
         isinstance(config, ExpertChoiceConfig) and config.scope == "batch"
     )
+
+
+NOISY = [name for name, config in ROUTERS.items() if config.get("noise")]
 
 
 def tokens_of(lengths: list[int]) -> Tokens:

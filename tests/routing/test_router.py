@@ -12,12 +12,12 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 
-from routing import Router, Routing, Tokens, build_router
+from routing import Router, Routing, Tokens, build_router, route, summarize
 from tests import oracles
 from tests.routing.routers import ROUTERS, case_of, config_of, router_of, tokens_of
 
 
-def outputs(routing: Routing, tokens: Tokens) -> list[Tensor]:
+def outputs(routing: Routing) -> list[Tensor]:
     """Everything differentiable, by choice: places in a row may differ, and nobody's place holds no gate."""
     gates = torch.zeros_like(routing.probs).scatter_add(1, routing.choices.clamp(min=0), routing.weights)
     fields = [routing.logits, routing.probs, gates]
@@ -48,11 +48,11 @@ def test_values_and_every_gradient_match_the_oracle(name: str, lengths: list[int
         assert not any(field.requires_grad for field in fast[:-1])
         return
     inputs = parameters if ROUTERS[name]["kind"] == "learned" else {"x": x, **parameters}
-    upstream = oracles.random_like(*outputs(fast, tokens))
+    upstream = oracles.random_like(*outputs(fast))
     assert len(upstream) == 3
     assert_close(
-        oracles.gradients(outputs(fast, tokens), inputs, upstream),
-        oracles.gradients(outputs(slow, tokens), inputs, upstream),
+        oracles.gradients(outputs(fast), inputs, upstream),
+        oracles.gradients(outputs(slow), inputs, upstream),
         rtol=1e-4,
         atol=1e-5,
     )
@@ -274,6 +274,20 @@ def test_learned_gates_are_exactly_even_forward_and_softmax_weights_backward() -
     plain = build_router(config_of({"kind": "learned", "top_k": 3, "gates": "softmax"}), 8, 4)
     plain.load_state_dict(router.state_dict())
     assert_close(plain(torch.randn(2, 8), tokens_of([2])).weights, torch.tensor([[0.4, 0.3, 0.2]] * 2))
+
+
+@pytest.mark.parametrize("gates", ["straight_through", "softmax"])
+def test_learned_copies_nothing_for_its_tokens_and_its_gradients_are_those_of_copies(gates: str) -> None:
+    router = router_of({"kind": "learned", "top_k": 3, "gates": gates})
+    routing, stats = route(router, torch.randn(50, 8), tokens_of([20, 30]))
+    assert all(field.stride(0) == 0 for field in routing[:-1])
+    copied = Routing(*(field.contiguous() for field in routing[:-1]), routing.most_kept)
+    assert_close(stats._asdict(), summarize(copied)._asdict())
+    one = torch.randn(())
+    for output, copy in zip((*outputs(routing), *stats[:1]), (*outputs(copied), *summarize(copied)[:1]), strict=True):
+        for upstream in (torch.randn(output.shape), one.expand(output.shape)):  # such as a sum's
+            found, expected = (oracles.gradients(o, {"w": router.weight}, [upstream]) for o in (output, copy))
+            assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_straight_through_gates_are_exactly_even_for_every_k() -> None:

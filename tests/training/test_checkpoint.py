@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from routing.errors import UserError
-from tests.training.conftest import contents, run_ranks, tiny_data, without_noise, write_yaml
+from tests.training.conftest import contents, run_ranks, tiny_data, without_dropout, write_yaml
 from tests.training.test_pretrain import EXACT
 from tests.training.workers import assemble, pretrain_all
 from training.checkpoint import TrainState, find_checkpoint, find_fault, read_checkpoint, save_checkpoint
@@ -104,12 +104,14 @@ def test_a_checkpoint_holds_data_only(checkpoint: Path) -> None:
     ]
     model, optimizer = (load_file(checkpoint / f"{name}.safetensors") for name in ("model", "optimizer"))
     routers = [f"encoder.blocks.{n}.feed_forward.router" for n in (0, 1)]
-    buffers = {f"{router}.{buffer}" for router in routers for buffer in ("selection_bias", "logits.center")}
+    own = ("selection_bias", "logits.center", "logits.noise_state")
+    buffers = {f"{router}.{buffer}" for router in routers for buffer in own}
     assert buffers <= model.keys()
     assert optimizer.keys() == {f"{n}.{m}" for n in model.keys() - buffers for m in ("exp_avg", "exp_avg_sq")}
     for name, moment in optimizer.items():
         assert moment.shape == model[name.rsplit(".", 1)[0]].shape
     assert list(load_file(checkpoint / "rng.safetensors")) == ["0.cpu"]
+    assert [int(model[f"{router}.logits.noise_state"][1]) for router in routers] == [12, 12]  # steps
 
 
 def test_auto_finds_the_newest_whole_one(reference: Path, finished: Path) -> None:
@@ -222,13 +224,13 @@ STAGES = (0, 1, 2, 3)
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory: pytest.TempPathFactory, text_file: Path, cache_dir: Path) -> tuple[Path, Path]:
-    """Four steps, a checkpoint after each second one: with dropout and jitter, and without."""
+    """Four steps, a checkpoint after each second one: with dropout, and without; both with jitter."""
     folder = tmp_path_factory.mktemp("configs")
     data = tiny_data(folder, text_file, cache_dir)
     data["train"] |= {"max_steps": 4, "evaluate_every": 100}
     data["checkpoint"] = {"every": 2, "keep": 9}
     noisy = write_yaml(folder / "noisy.yaml", data)
-    return noisy, write_yaml(folder / "exact.yaml", without_noise(data))
+    return noisy, write_yaml(folder / "exact.yaml", without_dropout(data))
 
 
 def whole_and_resumed(config: Path, out: Path) -> list[str]:

@@ -22,6 +22,10 @@ ROUTERS = (
     {"kind": "threshold", "threshold": 0.4, "max_choices": 3, "losses": {"entropy": 0.1}},
     {"kind": "hash", "top_k": 2},
     {"kind": "learned", "gates": "softmax"},
+    {"kind": "token_choice", "noise": {"kind": "jitter", "amount": 0.5}},
+    {"kind": "token_choice", "scope": "sequence", "noise": {"kind": "gaussian"}},
+    {"kind": "expert_choice", "centring": {"rate": 0.5}, "noise": {"kind": "gaussian"}},
+    {"kind": "threshold", "centring": {"rate": 0.5}, "noise": {"kind": "jitter", "amount": 0.5}},
 )
 
 
