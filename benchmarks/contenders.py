@@ -55,8 +55,8 @@ class _PushedLogits(nn.Module):
         super().__init__()
         self.logits = logits
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.logits(x) + self.given.logits.detach()
+    def forward(self, x: Tensor, tokens: Tokens, by_sequence: bool) -> Tensor:
+        return self.logits(x, tokens, by_sequence) + self.given.logits.detach()
 
 
 class Ours(Layer):
