@@ -1,7 +1,7 @@
 """Which of our backends is fastest where: the table that `backend: auto` looks up (`moe/experts/fastest.json`).
 
-A layer of 32 experts (d 512, ff 1024, K 2), forward and backward, by rows per expert. `--write` puts the winners for this
-machine into the table and leaves other machines' alone.
+A layer of 32 experts (d 512, ff 1024, K 2), forward and backward, by rows per expert. `--write` puts the winners for
+this machine into the table and leaves other machines' alone.
 """
 
 import json
