@@ -47,11 +47,12 @@ def measure(dtype: str, rounds: int) -> list[Row]:
 def write(rows: list[Row], table: Path) -> None:
     """Each machine's and dtype's winners, from how many rows per expert on each wins."""
     whole = json.loads(table.read_text(encoding="utf-8"))
-    for row in rows:
-        whole["fastest"].setdefault(row["machine"], {}).pop(str(DTYPES[row["dtype"]]).removeprefix("torch."), None)
-    for (where, dtype, best), run in groupby(rows, key=lambda row: (row["machine"], row["dtype"], row["fastest"])):
-        steps = whole["fastest"][where].setdefault(str(DTYPES[dtype]).removeprefix("torch."), [])
-        steps.append([next(run)["rows per expert"] if steps else 0, best])
+    for (where, short), measured in groupby(rows, key=lambda row: (row["machine"], row["dtype"])):
+        steps: dict[str, str] = {}
+        for row in measured:
+            if row["fastest"] not in [*steps.values()][-1:]:
+                steps[str(row["rows per expert"]) if steps else "0"] = row["fastest"]
+        whole["fastest"].setdefault(where, {})[str(DTYPES[short]).removeprefix("torch.")] = steps
     table.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ from moe.config import Backend
 from moe.experts import fastest as module
 from moe.experts.fastest import TABLE, fastest, machine
 
-Table = dict[str, dict[str, list[tuple[int, str]]]]
+Table = dict[str, dict[str, dict[str, str]]]
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 
 def test_rows_per_expert_decide_between_what_was_measured(measured: Callable[[Table], None]) -> None:
     here = machine(torch.device("cpu"))
-    measured({here: {"float32": [[0, "cpu"], [10, "torch"], [100, "loop"]], "bfloat16": [[4, "cpu"]]}})
+    measured({here: {"float32": {"0": "cpu", "10": "torch", "100": "loop"}, "bfloat16": {"4": "cpu"}}})
     x = torch.zeros(1, 8)
     assert [fastest(x, rows, experts=1) for rows in (0, 9, 10, 99, 100, 10**9)] == [
         *("cpu", "cpu"),
@@ -43,11 +43,11 @@ def test_rows_per_expert_decide_between_what_was_measured(measured: Callable[[Ta
 
 def test_what_was_not_measured_is_torchs(measured: Callable[[Table], None]) -> None:
     here = machine(torch.device("cpu"))
-    measured({here: {"float32": [[0, "cpu"]]}, "another machine": {"float64": [[0, "cpu"]]}})
+    measured({here: {"float32": {"0": "cpu"}}, "another machine": {"float64": {"0": "cpu"}}})
     assert fastest(torch.zeros(1), 5, 1) == "cpu"
     assert fastest(torch.zeros(1, dtype=torch.float64), 5, 1) == "torch"
     assert fastest(torch.zeros(1, device="meta"), 5, 1) == "torch"
-    measured({"another machine": {"float32": [[0, "cpu"]]}})
+    measured({"another machine": {"float32": {"0": "cpu"}}})
     assert fastest(torch.zeros(1), 5, 1) == "torch"
 
 
@@ -63,7 +63,7 @@ def test_the_committed_table_names_backends_that_there_are_and_rises_from_zero()
     for device, dtype, steps in entries:
         assert device.split()[0] in ("cpu", "cuda")
         assert isinstance(getattr(torch, dtype), torch.dtype)
-        rows = [fewest for fewest, _ in steps]
+        rows = [int(fewest) for fewest in steps]
         assert rows[0] == 0
         assert rows == sorted(set(rows))
-        assert {backend for _, backend in steps} <= {*get_args(Backend)} - {"auto"}
+        assert {*steps.values()} <= {*get_args(Backend)} - {"auto"}
