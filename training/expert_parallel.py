@@ -29,8 +29,8 @@ class Splits(NamedTuple):
 class Exchange:
     """An all-to-all of rows, and in the backward pass the reverse one of their gradients.
 
-    Both are under way between their two halves, `start` and `finish` (backward: `finish`, then `start`), so whatever is
-    computed in between overlaps with them; autograd takes up what was computed in between in the same place.
+    It goes on in the background between its two halves, `start` and `finish` (backward: `finish`, then `start`). What
+    is computed in between overlaps with it; autograd goes back through that in between as well.
     """
 
     def __init__(self, splits: Splits, group: dist.ProcessGroup) -> None:

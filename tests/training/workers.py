@@ -87,21 +87,21 @@ def named(recorded: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 
 def record(config: str, out: str, *variants: str) -> None:
-    """`record_steps` for each variant `zero_stage,accumulation[,expert[,SOURCE]]`, into a file in OUT.
+    """`record_steps` for each variant `zero_stage,accumulation[,expert][:SOURCE]`, going on from SOURCE, a record.
 
-    It is named by the variant's numbers. SOURCE is a record to go on from.
+    Each into a file in OUT that is named by the variant's numbers.
     """
     ranks = start_processes()
     data = yaml.safe_load(Path(config).read_text())
     for variant in variants:
-        *numbers, source = variant.split(",", 3) if variant.count(",") > 2 else (*variant.split(","), "")
-        stage, accumulation, *expert = map(int, numbers)
+        numbers, _, source = variant.partition(":")
+        stage, accumulation, *expert = map(int, numbers.split(","))
         data["parallel"] = {"zero_stage": stage, "expert": expert[0] if expert else 1}
         data["train"]["micro_batch_tokens"] = data["train"]["step_tokens"] // (accumulation * ranks.world)
         run = RunConfig.model_validate(data)
         recorded = record_steps(run, ranks, source=Path(source) if source else None)
         if ranks.is_main:
-            save_file(recorded, Path(out) / f"{','.join(numbers)}.safetensors")
+            save_file(recorded, Path(out) / f"{numbers}.safetensors")
 
 
 def pretrain_all(out: str, *cases: str) -> None:
