@@ -10,8 +10,17 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
-_FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_SOURCE = Path(__file__).parent / "kernels" / "mixture.cpp"  # includes the others in its folder
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=gnu++17",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+    "-Wno-psabi",
+)
 
 
 class Unavailable(Exception):
@@ -54,13 +63,13 @@ def why_unavailable() -> str | None:
 
 
 def _build() -> Path:
-    """The library, compiled if there is none yet of this source, by this compiler, for this processor."""
+    """The library, compiled if there is none yet of these sources, by this compiler, for this processor."""
     compiler = shutil.which("g++")
     if compiler is None:
         raise Unavailable("there is no g++ to compile the kernels with")
-    source = _SOURCE.read_bytes()
+    sources = [path.read_bytes() for path in sorted(_SOURCE.parent.iterdir()) if path.suffix in (".cpp", ".h")]
     version = _output([compiler, "-dumpfullversion"])
-    name = hashlib.sha256(b"\0".join([source, version.encode(), _processor(), *map(str.encode, _FLAGS)])).hexdigest()
+    name = hashlib.sha256(b"\0".join([*sources, version.encode(), _processor(), *map(str.encode, _FLAGS)])).hexdigest()
     folder = _cache_folder()
     target = folder / f"kernels-{name[:16]}.so"
     if not target.exists():

@@ -1,4 +1,4 @@
-"""The `cpu` backend: compiled kernels behind an autograd function. Shape legend in `kernels.cpp`.
+"""The `cpu` backend: compiled kernels behind an autograd function. Shape legend in `kernels/job.h`.
 
 Work is cut into tasks (an expert's rows, a block of tokens) which threads take until none is left. What a task
 computes doesn't depend on how many threads there are, so neither do the bits of the result.
