@@ -100,7 +100,7 @@ def test_a_place_that_cannot_be_taken_keeps_the_old_folder(tmp_path: Path, monke
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(UserError, match="cannot write .*/model: Permission denied"):
+    with pytest.raises(UserError, match=r"cannot write .*/model: Permission denied"):
         fill(tmp_path / "model", "new")
     assert names(tmp_path / "model") == ["old"]
     assert names(tmp_path) == ["model"]

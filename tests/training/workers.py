@@ -1,5 +1,6 @@
 """What runs on the ranks that tests spawn: `python -m tests.training.workers FUNCTION ARGUMENTS`."""
 
+import errno
 import json
 import sys
 from math import ceil
@@ -12,13 +13,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe import MaskedLM
-from training import step
+from routing.errors import UserError
+from training import checkpoint, step
+from training.checkpoint import Checkpoints
+from training.checkpoint_files import TrainState
 from training.cli import leave
 from training.config import RunConfig
 from training.data.packing import TrainingStream
 from training.data.prepare import prepare
 from training.data.tokenizer import vocabulary
 from training.engine import (
+    FailedElsewhere,
     Ranks,
     build_engine,
     main_first,
@@ -28,6 +33,7 @@ from training.engine import (
 )
 from training.optimizer_state import whole_moments, whole_parameters
 from training.pretrain import pretrain
+from training.resume import agreed_checkpoint
 
 
 def assemble(run: RunConfig, ranks: Ranks) -> tuple[Any, TrainingStream]:
@@ -100,6 +106,54 @@ def pretrain_all(out: str, *cases: str) -> None:
         data["parallel"] = {"zero_stage": int(stage)}
         data["checkpoint"]["resume"] = source[0] if source else "auto"
         pretrain(RunConfig.model_validate(data))
+
+
+def fail_to_save(config: str, out: str) -> None:
+    """On two ranks: what happens when one of them can't write, or has what isn't finite; see test_checkpoint.py."""
+    ranks = start_processes()
+    data = yaml.safe_load(Path(config).read_text())
+    data["run_dir"] = str(Path(out) / "damaged")
+    agreed = agreed_checkpoint(RunConfig.model_validate(data), ranks)
+    assert agreed == Path(out) / "damaged" / "checkpoints" / "step-000002", agreed
+
+    data["run_dir"] = str(Path(out) / "run")
+    write = checkpoint.write_shard
+
+    def no_space(*arguments: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for way, stage in (("foreground", 3), ("background", 0)):
+        data["checkpoint"] = {"every": 2, "keep": 9, "write": way}
+        data["parallel"] = {"zero_stage": stage}
+        run = RunConfig.model_validate(data)
+        engine, stream = assemble(run, ranks)
+        step.train_step(engine, stream.next_step(), run.objective, ranks)
+        state = TrainState(6, 0, stream.position, None, [], 0.0, 0.0, "")
+
+        def failing(engine: Any = engine, run: RunConfig = run, state: TrainState = state) -> Exception:
+            try:
+                with Checkpoints(engine, run, "{}", ranks) as checkpoints:
+                    checkpoints.save(state)
+            except (UserError, FailedElsewhere, step.NonFiniteLoss) as failure:
+                return failure
+            raise AssertionError
+
+        for unlucky in (0, 1):
+            checkpoint.write_shard = no_space if ranks.rank == unlucky else write
+            error = failing()
+            assert isinstance(error, UserError if ranks.rank == unlucky else FailedElsewhere), error
+            if ranks.rank == unlucky:
+                assert str(error).startswith(f"cannot write {run.run_dir}/checkpoints/step-000006: No space left"), (
+                    error
+                )
+        checkpoint.write_shard = write
+    # All ranks tell of a tensor that isn't finite, whichever of them had to write it.
+    for name, parameter in list(engine.module.named_parameters())[:6]:
+        parameter.data.flatten()[0] = float("nan")
+        error = failing()
+        assert (type(error), str(error)) == (step.NonFiniteLoss, name), error
+        parameter.data.flatten()[0] = 0.0
+    stop_processes()
 
 
 def record_routers(config: str, out: str, *routers: str) -> None:
