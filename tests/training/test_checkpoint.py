@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moe.files import clear_leftovers
 from routing.errors import UserError
 from tests.training.conftest import (
     ROOT,
@@ -32,7 +34,7 @@ from tests.training.conftest import (
 from tests.training.workers import assemble, pretrain_all
 from training import checkpoint, loop, shards
 from training.checkpoint import Checkpoints
-from training.checkpoint_files import TrainState, find_fault
+from training.checkpoint_files import TrainState, find_fault, read_state, verify
 from training.cli import main
 from training.config import RunConfig
 from training.data.packing import DataPosition, TrainingStream
@@ -310,6 +312,62 @@ def test_who_waits_for_a_dead_rank_gives_up(
     with pytest.raises(RuntimeError, match="connection lost"):
         lose_the_others()
     assert not (trained.folder / "step-000001").exists()
+
+
+class Died(Exception):
+    """Stands for a process that ended at this moment."""
+
+
+class Death:
+    """Ends a process at its nth change to the file system: that one and all later ones don't happen."""
+
+    def __init__(self) -> None:
+        self.left: int | None = None  # changes until then; None: it lives
+        sys.addaudithook(self._before)
+
+    def _before(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.left is None or not self._changes(event, arguments):
+            return
+        self.left -= 1
+        if self.left < 0:
+            raise Died
+
+    @staticmethod
+    def _changes(event: str, arguments: tuple[Any, ...]) -> bool:
+        if event == "open":
+            return bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        return event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "ctypes.dlopen")  # for renameat2
+
+
+@pytest.fixture(scope="module")
+def death() -> Death:
+    return Death()  # an audit hook can't be taken back
+
+
+@pytest.mark.parametrize("step", [2, 1], ids=["a new step", "the same step"])
+def test_a_process_may_end_between_any_two_changes(
+    tiny: dict[str, Any], alone: Ranks, death: Death, tmp_path: Path, step: int
+) -> None:
+    trained = Trained(tiny, alone, keep=1)
+    trained.save(step=1, tokens=1)
+    trained.folder.rename(tmp_path / "before")
+    moments = 0
+    while True:
+        shutil.copytree(tmp_path / "before", trained.folder)
+        death.left = moments
+        try:
+            trained.save(step=step, tokens=2)
+            break
+        except Died:
+            moments += 1
+        finally:
+            death.left = None
+        assert not [fault for verdict in verify(trained.folder) for fault in verdict.faults], moments
+        clear_leftovers(trained.folder, "step-*")
+        assert read_state(trained.save(step=step, tokens=3)).tokens == 3
+        assert trained.names() == ["latest", f"step-{step:06d}"]
+        shutil.rmtree(trained.folder)
+    assert moments > 20
 
 
 @pytest.mark.parametrize("write", WAYS)
