@@ -113,6 +113,7 @@ class Checkpoints:
         self._start(staging, folder)
         self._shares = self._shares or _planned(self._engine, ranks)
         share = self._shares[ranks.rank]
+        rng = _collect_rng(ranks)
         background = self._run.checkpoint.write == "background"
         tensors: dict[str, Iterable[Tensor]] = {
             stem: _own(whole(self._engine), share.get(stem), copy=background) for stem, whole in COLLECTIONS.items()
@@ -122,7 +123,6 @@ class Checkpoints:
             written = self._thread.submit(_write, staging, folder, share, tensors, ranks.rank)
         else:
             written = _at_once(lambda: _write(staging, folder, share, tensors, ranks.rank))
-        rng = _collect_rng(ranks)
         committed = self._thread.submit(self._commit, staging, folder, state, rng) if ranks.is_main else None
         self._flight = Flight(folder, staging, written, committed)
         if not background:
