@@ -47,7 +47,8 @@ def _claim(folder: Path, run: RunConfig) -> TextIO:
         with lock:  # on the old run's folder, which goes
             _move_aside(folder.resolve())
         lock = _lock(folder)
-    clear_leftovers(folder / "checkpoints", "step-*")
+    with told_unwritable(folder):
+        clear_leftovers(folder / "checkpoints", "step-*")
     write_file(folder / "config.yaml", as_yaml(run))
     return lock
 
