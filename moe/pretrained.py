@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ def from_pretrained(folder: str | Path) -> MaskedLM:
     return model.eval()
 
 
-def load_weights(model: MaskedLM, tensors: dict[str, Tensor], source: str, keep_dtype: bool = False) -> None:
-    """Give a model its tensors: copied into its own, or with `keep_dtype` in their place.
+def load_weights(model: MaskedLM, tensors: Mapping[str, Tensor], source: str, keep_dtype: bool = False) -> None:
+    """Give a model its tensors: copied into its own one at a time, or with `keep_dtype` in their place.
 
     Raises:
         UserError: naming missing, unexpected and misshapen tensors.
@@ -78,7 +79,11 @@ def load_weights(model: MaskedLM, tensors: dict[str, Tensor], source: str, keep_
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(f"{source} does not fit the model's config: {'; '.join(wrong[:5])}{more}")
-    model.load_state_dict(tensors, assign=keep_dtype)
+    if keep_dtype:
+        model.load_state_dict(tensors, assign=True)
+    else:  # `tensors` may read them from a file as they are asked for: never hold all at once
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -1,189 +1,265 @@
-"""Training checkpoints: whole or not there, and free of topology.
+"""Training checkpoints: whole or not there, and free of topology. Their files: `training.checkpoint_files`.
 
-A checkpoint is a folder `checkpoints/step-000100/`:
+A save, all ranks together:
 
-    model.safetensors        every parameter and buffer, whole, under its name in the model
-    optimizer.safetensors    `<parameter>.exp_avg` and `<parameter>.exp_avg_sq`, whole
-    rng.safetensors          the random number generators' states, `<rank>.cpu` and `<rank>.cuda`
-    config.yaml              the resolved run
-    tokenizer.json
-    state.json               format, step, data position, and the other files' sizes and SHA-256 sums
+1. The main rank makes a staging folder beside the checkpoint's place, `.step-000100.<run>.partial`.
+2. Every rank copies the tensors that are its share to host memory; training goes on. (With `checkpoint.write:
+   foreground` it writes them as they are assembled, one at a time, and training waits.)
+3. A thread of each rank checks that they are finite, writes them to a file of its own, syncs it, and last puts
+   `rank-00003.done` beside it, with the checksums. Threads talk through these files alone: a collective of theirs would
+   run into those of training. So all ranks must see one file system.
+4. When all ranks are done, the main rank's thread writes the indices, sums and small files, syncs, renames the folder
+   into its place, replaces `latest`, and removes old checkpoints.
 
-It is written beside its place and renamed into it, then `checkpoints/latest` is replaced, then old ones go.
+The next save, and the run's end, wait for the last; there all ranks learn of what went wrong in a thread.
 """
 
-import hashlib
 import json
 import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from secrets import randbits
+from threading import Event
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
-import yaml
+import torch.distributed as dist
 from torch import Tensor
 
-from moe.files import whole_folder, write_file
-from moe.pretrained import TOKENIZER, read_tensors, save_tensors
+from moe.files import commit_folder, remove_folder, start_folder, told_unwritable, write_file
 from routing.errors import UserError
-from training.config import RunConfig, differences
-from training.data.packing import DataPosition
-from training.engine import Ranks, gather_over_ranks, raise_together
-from training.optimizer_state import on_main_rank, whole_moments, whole_parameters
+from training.checkpoint_files import (
+    LATEST,
+    MODEL,
+    OPTIMIZER,
+    TrainState,
+    by_age,
+    step_folder,
+    step_of,
+    write_small_files,
+)
+from training.config import RunConfig
+from training.engine import PATIENCE, Ranks, gather_over_ranks, max_over_ranks, raise_together
+from training.optimizer_state import whole_moments, whole_parameters
+from training.shards import Share, TensorSpec, Written, shares, write_shard
 from training.step import NonFiniteLoss
 
-FORMAT = 1
-MODEL = "model.safetensors"
-OPTIMIZER = "optimizer.safetensors"
-RNG = "rng.safetensors"
-CONFIG = "config.yaml"
-STATE = "state.json"
-LATEST = "latest"
+COLLECTIONS: dict[str, Callable[[Any], Iterator[tuple[str, Tensor]]]] = {
+    MODEL: whole_parameters,
+    OPTIMIZER: whole_moments,
+}
+POLL = 0.05  # seconds between looks for the other ranks' markers
 
 
-class TrainState(NamedTuple):
-    """What a run has besides tensors."""
-
-    step: int  # optimizer steps taken
-    tokens: int  # trained on so far
-    position: DataPosition  # of the next step
-    initial_loss: float | None  # training loss of the first step
-    recent_losses: list[float]  # and of the last ones, 50 at most
-    seconds: float  # spent in optimizer steps so far
-    initial_eval_loss: float  # held-out loss before it
-    data: str  # fingerprint of the training sequences, so that a position means the same ones
-
-
-class Checkpoint(NamedTuple):
-    """A whole checkpoint, read."""
+class Flight(NamedTuple):
+    """A checkpoint that is being written."""
 
     folder: Path
-    state: TrainState
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    rng: dict[str, Tensor]
+    staging: Path
+    written: Future[None]  # this rank's files
+    committed: Future[None] | None  # the whole, by the main rank
 
 
-def save_checkpoint(engine: Any, run: RunConfig, state: TrainState, tokenizer: str, ranks: Ranks) -> Path:
-    """Write a checkpoint, then remove all but the newest `checkpoint.keep`. Collective.
+class Checkpoints:
+    """Writes a run's checkpoints, one at a time. Open it with `with`; every method is collective."""
 
-    Raises:
-        UserError: if it can't be written; older checkpoints are untouched.
-        NonFiniteLoss: if a parameter isn't finite; nothing is written.
-    """
-    model = on_main_rank(whole_parameters(engine), ranks)
-    raise_together(_not_finite(model))
-    optimizer = on_main_rank(whole_moments(engine), ranks)
-    rng = _collect_rng(ranks)
-    parent = Path(run.run_dir) / "checkpoints"
-    folder = parent / f"step-{state.step:06d}"
-    error = None
-    if ranks.is_main:
+    def __init__(self, engine: Any, run: RunConfig, tokenizer: str, ranks: Ranks) -> None:
+        self._engine = engine
+        self._run = run
+        self._tokenizer = tokenizer
+        self._ranks = ranks
+        self._parent = Path(run.run_dir) / "checkpoints"
+        # Part of the staging folders' names, so that a rank that outlives its killed run can't write into ours.
+        self._token = max_over_ranks(randbits(31) if ranks.is_main else 0, ranks)
+        # Waiting for disks may take longer than a message of training may.
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if ranks.world > 1 else None
+        self._shares: list[dict[str, Share]] = []  # of each rank; known at the first save
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._given_up = Event()
+        self._flight: Flight | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
         try:
-            with whole_folder(folder) as staging:
-                save_tensors(model, staging / MODEL)
-                save_tensors(optimizer, staging / OPTIMIZER)
-                save_tensors(rng, staging / RNG)
-                (staging / CONFIG).write_text(_as_yaml(run), encoding="utf-8")
-                (staging / TOKENIZER).write_text(tokenizer, encoding="utf-8")
-                (staging / STATE).write_text(_as_json(state, staging), encoding="utf-8")
-            write_file(parent / LATEST, folder.name + "\n")
-            # Steps beyond this one are of a branch that was left by going back: not this run's to remove.
-            reached = [old for old in _by_age(parent) if _step(old) <= state.step]
-            for old in reached[run.checkpoint.keep :]:
-                shutil.rmtree(old, ignore_errors=True)
-        except UserError as failure:
-            error = failure
-    raise_together(error)
-    return folder
+            if kind is None or issubclass(kind, NonFiniteLoss):  # which all ranks raise together
+                self.finish()
+        finally:
+            # What this rank has begun is brought to an end; for others, who may be dead, nobody waits.
+            self._given_up.set()
+            self._thread.shutdown()
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
 
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that the checkpoint in the works has failed; `finish` tells all ranks why."""
+        futures = (self._flight.written, self._flight.committed) if self._flight else ()
+        return any(future is not None and future.done() and _error(future) is not None for future in futures)
 
-def find_checkpoint(run: RunConfig) -> Path | None:
-    """The checkpoint that `checkpoint.resume` means: a path, or for `auto` the run's last whole one.
+    def save(self, state: TrainState) -> Path:
+        """Start to write a checkpoint, once the last one is finished; in the foreground, finish it.
 
-    Raises:
-        UserError: if the named one isn't whole, or none of the run's is though there are some.
-    """
-    if run.checkpoint.resume == "never":
-        return None
-    if run.checkpoint.resume != "auto":
-        folder = Path(run.checkpoint.resume)
-        if fault := find_fault(folder):
-            raise UserError(f"checkpoint.resume is {folder}, which can't be resumed: {fault}")
+        Raises:
+            UserError, NonFiniteLoss: as `finish`.
+        """
+        self.finish()
+        ranks = self._ranks
+        folder = step_folder(self._parent, state.step)
+        staging = folder.with_name(f".{folder.name}.{self._token:08x}.partial")
+        self._start(staging, folder)
+        self._shares = self._shares or _planned(self._engine, ranks)
+        share = self._shares[ranks.rank]
+        rng = _collect_rng(ranks)
+        background = self._run.checkpoint.write == "background"
+        tensors: dict[str, Iterable[Tensor]] = {
+            stem: _own(whole(self._engine), share.get(stem), copy=background) for stem, whole in COLLECTIONS.items()
+        }
+        if background:
+            tensors = {stem: list(own) for stem, own in tensors.items()}
+            written = self._thread.submit(_write, staging, folder, share, tensors, ranks.rank)
+        else:
+            written = _at_once(lambda: _write(staging, folder, share, tensors, ranks.rank))
+        committed = self._thread.submit(self._commit, staging, folder, state, rng) if ranks.is_main else None
+        self._flight = Flight(folder, staging, written, committed)
+        if not background:
+            self.finish()
         return folder
-    parent = Path(run.run_dir) / "checkpoints"
-    # A run that went back to an earlier checkpoint may have left later steps behind: the last one saved leads.
-    last = (parent / LATEST).read_text(encoding="utf-8").strip() if (parent / LATEST).is_file() else ""
-    candidates = sorted(_by_age(parent), key=lambda folder: folder.name != last)
-    faults = []
-    for folder in candidates:
-        fault = find_fault(folder)
-        if fault is None:
-            return folder
-        faults.append(f"{folder.name}: {fault}")
-    if faults:
-        raise UserError(
-            f"no checkpoint in {run.run_dir} is whole ({'; '.join(faults)}); remove them, set "
-            "checkpoint.resume to a whole one, or to never to start again"
-        )
-    return None
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written, if any, is whole and `latest` names it.
+
+        Raises:
+            UserError: if it can't be written; older checkpoints are untouched.
+            NonFiniteLoss: if one of its tensors isn't finite; nothing of it stays.
+        """
+        if self._flight is None:
+            return
+        flight, self._flight = self._flight, None
+        try:
+            error = _error(flight.written)
+            broken = error if isinstance(error, NonFiniteLoss) else None
+            raise_together(error if broken is None else None, self._group)
+            self._raise_not_finite(broken)
+            raise_together(_error(flight.committed) if flight.committed else None, self._group)
+        except Exception:
+            if flight.committed:
+                self._given_up.set()
+                wait([flight.committed])  # then nobody writes there any more
+                shutil.rmtree(flight.staging, ignore_errors=True)
+            raise
+
+    def _raise_not_finite(self, own: NonFiniteLoss | None) -> None:
+        """Raise the same error on every rank if any has one."""
+        names = [spec.name for files in self._shares for share in files.values() for spec in share.specs]
+        if worst := max_over_ranks(names.index(str(own)) + 1 if own else 0, self._ranks):
+            raise NonFiniteLoss(names[worst - 1])
+
+    def _start(self, staging: Path, folder: Path) -> None:
+        error = None
+        if self._ranks.is_main:
+            try:
+                with told_unwritable(folder):
+                    start_folder(staging, folder)
+            except UserError as failure:
+                error = failure
+        raise_together(error)
+
+    def _commit(self, staging: Path, folder: Path, state: TrainState, rng: dict[str, Tensor]) -> None:
+        """Once all ranks have written theirs, complete the checkpoint and put it into its place."""
+        markers = [staging / _marker(rank) for rank in range(self._ranks.world)]
+        while not all(marker.exists() for marker in markers):
+            if self._given_up.wait(POLL):
+                return
+        with told_unwritable(folder):
+            shards = _merged(markers)
+            for marker in markers:
+                marker.unlink()
+            write_small_files(staging, shards, rng, self._run, self._tokenizer, state)
+            commit_folder(staging, folder)
+        write_file(self._parent / LATEST, folder.name + "\n")
+        # Steps beyond this one are of a branch that was left by going back: not this run's to remove.
+        reached = [old for old in by_age(self._parent) if step_of(old) <= state.step]
+        for old in reached[self._run.checkpoint.keep :]:
+            remove_folder(old)
 
 
-def find_fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if every file is there as it was written."""
-    try:
-        recorded = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        if recorded["format"] != FORMAT:
-            return f"its format is {recorded['format']}; this version reads format {FORMAT}"
-        _train_state(recorded)
-        for name in (MODEL, OPTIMIZER, RNG, CONFIG, TOKENIZER):
-            expected = recorded["files"][name]
-            size = (folder / name).stat().st_size
-            if size != expected["bytes"]:
-                return f"{name} has {size} bytes instead of {expected['bytes']}"
-            if _sha256(folder / name) != expected["sha256"]:
-                return f"{name} is damaged: its SHA-256 sum differs from the recorded one"
-    except OSError as error:
-        return f"{error.filename or folder} can't be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{STATE} is not a checkpoint's"
-    return None
+def _planned(engine: Any, ranks: Ranks) -> list[dict[str, Share]]:
+    """Which rank writes which tensors, by collection; the same on every rank. Collective."""
+    specs = {
+        stem: [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in whole(engine)]
+        for stem, whole in COLLECTIONS.items()
+    }
+    return shares(specs, ranks.world)
 
 
-def read_checkpoint(folder: Path, run: RunConfig) -> Checkpoint:
-    """Read a checkpoint for a run.
+def _own(tensors: Iterable[tuple[str, Tensor]], share: Share | None, copy: bool) -> Iterator[Tensor]:
+    """Of all tensors, those that are this rank's to write, in host memory; for the others it only helps assemble them.
+
+    Args:
+        copy: them, so that training may change its own; otherwise each is to be used before the next is asked for.
+    """
+    mine = {spec.name for spec in share.specs} if share else set()
+    for name, tensor in tensors:
+        if name in mine:
+            yield tensor.detach().to("cpu", copy=copy)
+
+
+def _write(
+    staging: Path, folder: Path, files: Mapping[str, Share], tensors: Mapping[str, Iterable[Tensor]], rank: int
+) -> None:
+    """Write a rank's files, and last the marker that says so.
+
+    Args:
+        folder: the checkpoint's place, for errors.
+        files: by collection.
+        tensors: of each collection, those that `files` describe; used up even if writing fails, because assembling
+            them may need all ranks.
 
     Raises:
-        UserError: if the run differs from the saved one in more than a resumed run may change, listing it.
+        UserError: if they can't be written.
+        NonFiniteLoss: naming a tensor that isn't finite.
     """
-    saved = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    changed = differences(saved, run.model_dump(mode="json"))
-    if changed:
-        raise UserError(
-            f"cannot resume {folder}: the run's config differs from the one it was saved with:\n  "
-            + "\n  ".join(changed)
-            + "\nrestore these values, choose another run_dir, or set checkpoint.resume=never to start again"
-        )
-    recorded = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    tensors = (read_tensors(folder / name) for name in (MODEL, OPTIMIZER, RNG))
-    return Checkpoint(folder, _train_state(recorded), *tensors)
+    written: dict[str, dict[str, Any]] = {}
+    error: Exception | None = None
+    for stem, own in tensors.items():
+        try:
+            if stem in files and error is None:
+                share = files[stem]
+                with told_unwritable(folder):
+                    file = write_shard(staging / share.file, share.specs, _finite(share.specs, own))
+                written[stem] = {share.file: file._asdict()}
+        except (UserError, NonFiniteLoss) as failure:
+            error = failure
+        for _ in own:
+            pass
+    if error is not None:
+        raise error
+    write_file(staging / _marker(rank), json.dumps(written))
 
 
-def restore_rng(saved: dict[str, Tensor], ranks: Ranks) -> None:
-    """Continue this rank's random numbers; a rank that the saved run didn't have keeps its fresh seed."""
-    if f"{ranks.rank}.cpu" in saved:
-        torch.set_rng_state(saved[f"{ranks.rank}.cpu"])
-    if f"{ranks.rank}.cuda" in saved and ranks.device.type == "cuda":
-        torch.cuda.set_rng_state(saved[f"{ranks.rank}.cuda"], ranks.device)
+def _finite(specs: Iterable[TensorSpec], tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    for spec, tensor in zip(specs, tensors, strict=True):
+        # The extremes tell of infinities and NaN in one pass, many times faster than `isfinite` of every element.
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise NonFiniteLoss(spec.name)
+        yield tensor
 
 
-def _train_state(recorded: dict[str, Any]) -> TrainState:
-    state = TrainState(**recorded["train"])
-    return state._replace(position=DataPosition(**recorded["train"]["position"]))
+def _marker(rank: int) -> str:
+    return f"rank-{rank:05d}.done"
 
 
-def _not_finite(model: dict[str, Tensor]) -> NonFiniteLoss | None:
-    broken = [name for name, tensor in model.items() if not tensor.isfinite().all()]
-    return NonFiniteLoss(f"{broken[0]} and {len(broken) - 1} other tensors") if broken else None
+def _merged(markers: Iterable[Path]) -> dict[str, dict[str, Written]]:
+    """All ranks' files, by collection and name."""
+    merged: dict[str, dict[str, Written]] = {stem: {} for stem in COLLECTIONS}
+    for marker in markers:
+        for stem, files in json.loads(marker.read_text(encoding="utf-8")).items():
+            merged[stem] |= {name: Written(**file) for name, file in files.items()}
+    return merged
 
 
 def _collect_rng(ranks: Ranks) -> dict[str, Tensor]:
@@ -197,26 +273,20 @@ def _collect_rng(ranks: Ranks) -> dict[str, Tensor]:
     }
 
 
-def _as_yaml(run: RunConfig) -> str:
-    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
+def _at_once(work: Callable[[], None]) -> Future[None]:
+    """A future of work that is done here and now."""
+    future: Future[None] = Future()
+    try:
+        work()
+    except Exception as error:
+        future.set_exception(error)
+    else:
+        future.set_result(None)
+    return future
 
 
-def _as_json(state: TrainState, folder: Path) -> str:
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
-    train = state._asdict() | {"position": state.position._asdict()}
-    return json.dumps({"format": FORMAT, "train": train, "files": files}, indent=2) + "\n"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _by_age(parent: Path) -> list[Path]:
-    """Checkpoint folders, newest step first."""
-    found = (path for path in parent.glob("step-*") if path.name.removeprefix("step-").isdigit())
-    return sorted(found, key=_step, reverse=True)
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+def _error(future: Future[None]) -> Exception | None:
+    """What a piece of work ended with; waits for its end."""
+    error = future.exception()
+    assert error is None or isinstance(error, Exception)
+    return error

@@ -35,6 +35,13 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("overrides", nargs="*", metavar="a.b=value", help="values in place of the file's")
     pretrain.set_defaults(run=_pretrain)
 
+    checkpoint = commands.add_parser("checkpoint", help="look after checkpoints")
+    verify = checkpoint.add_subparsers(dest="action", required=True).add_parser(
+        "verify", help="tell whole from broken, and which file and tensor; exit code 1 if anything is"
+    )
+    verify.add_argument("folder", type=Path, help="a checkpoint's folder, or a run's for all of its checkpoints")
+    verify.set_defaults(run=_verify)
+
     launch = commands.add_parser("launch", help="run a moe command on several processes")
     launch.add_argument("--ranks", type=int, help="processes on each machine (default: one per GPU)")
     launch.add_argument("--hostfile", type=Path, help="machines, one 'name slots=N' a line")
@@ -67,6 +74,23 @@ def _pretrain(options: argparse.Namespace) -> int:
     finally:
         stop_processes()
     return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
+    from training.checkpoint_files import some, verify
+
+    verdicts = verify(options.folder)
+    console = Console(soft_wrap=True)
+    for name, faults in verdicts:
+        console.print(Text.assemble(f"{name:13}", ("broken", "bold red") if faults else ("whole", "green")))
+        for fault in faults:
+            console.print(Text(f"  {fault.problem}"))
+            if fault.tensors:
+                console.print(Text(f"    tensors: {some(fault.tensors, 10)}"))
+    return int(any(faults for _, faults in verdicts))
 
 
 def _launch(options: argparse.Namespace) -> int:

@@ -84,6 +84,9 @@ class ParallelConfig(Config):
 class CheckpointConfig(Config):
     every: int = Field(default=500, ge=1)  # steps
     keep: int = Field(default=2, ge=1)
+    # background: training goes on once each rank has copied its share to host memory; foreground: it waits until all is
+    # on the disk, which takes the memory of one tensor.
+    write: Literal["background", "foreground"] = "background"
     resume: str = "auto"  # "auto": the run's newest whole one, if any; "never"; or a checkpoint's path
 
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from training.checkpoint import TrainState
+from training.checkpoint import Checkpoints
+from training.checkpoint_files import TrainState
 from training.config import RunConfig
 from training.data.packing import TrainingStream
 from training.engine import Ranks
@@ -49,20 +50,20 @@ def train(
     state: TrainState,
     log: RunLog | None,
     evaluate: Callable[[], Evaluation],
-    save: Callable[[TrainState], object],
+    checkpoints: Checkpoints,
 ) -> tuple[TrainState, Evaluation | None]:
     """Train from `state` to `train.max_steps`, or until any rank is asked to stop. Collective.
 
     Args:
         log: on the main rank; None elsewhere.
         evaluate: on the held-out split.
-        save: writes a checkpoint.
 
     Returns:
-        The state reached, which is saved, and its evaluation; None if the run was stopped before its end.
+        The state reached, which is saved whole, and its evaluation; None if the run was stopped before its end.
 
     Raises:
         NonFiniteLoss: of a step that has not been saved.
+        UserError: if a checkpoint can't be written.
     """
     max_steps = run.train.max_steps
     evaluation = None
@@ -72,7 +73,8 @@ def train(
             for group in engine.optimizer.param_groups:
                 group["lr"] = lr
             start = time.perf_counter()
-            result = train_step(engine, stream.next_step(), run.objective, ranks, state.step, request.asked)
+            stop = request.asked or checkpoints.failed  # a full disk isn't trained on for
+            result = train_step(engine, stream.next_step(), run.objective, ranks, state.step, stop)
             loss = result.parts["masked_lm"]
             state = state._replace(
                 step=state.step + 1,
@@ -86,11 +88,14 @@ def train(
                 log.step(state.step, result, lr, time.perf_counter() - start)
             ends = state.step == max_steps
             if ends or result.stop_requested or state.step % run.checkpoint.every == 0:
-                save(state)
+                checkpoints.save(state)
             if result.stop_requested and not ends:
+                checkpoints.finish()
                 return state, None
             if ends or state.step % run.train.evaluate_every == 0:
                 evaluation = evaluate()
+                if ends:
+                    checkpoints.finish()
                 if log:
                     log.evaluation(state.step, evaluation)
     return state, evaluation or evaluate()

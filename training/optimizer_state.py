@@ -6,7 +6,7 @@ from its ranks. Parameters need no such care on the way in: they are loaded befo
 here are collective: every rank calls them together.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -46,12 +46,12 @@ def on_main_rank(tensors: Iterable[tuple[str, Tensor]], ranks: Ranks) -> dict[st
     return kept
 
 
-def load_moments(engine: Any, tensors: dict[str, Tensor], step: int) -> None:
+def load_moments(engine: Any, tensors: Mapping[str, Tensor], step: int) -> None:
     """Give AdamW its moments and step count back.
 
     Args:
         engine: freshly built.
-        tensors: as `whole_moments` yielded them.
+        tensors: as `whole_moments` yielded them; may read each from a file when it is asked for.
         step: optimizer steps taken so far.
     """
     stage = engine.zero_optimization_stage()

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from math import ceil
 from pathlib import Path
@@ -11,7 +11,6 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from datasets import Dataset
 from rich.console import Console
 from torch import Tensor
@@ -21,14 +20,8 @@ from moe.heads import MaskedLM
 from moe.pretrained import TOKENIZER, load_weights, save_pretrained
 from routing import report
 from routing.errors import UserError
-from training.checkpoint import (
-    Checkpoint,
-    TrainState,
-    find_checkpoint,
-    read_checkpoint,
-    restore_rng,
-    save_checkpoint,
-)
+from training.checkpoint import Checkpoints
+from training.checkpoint_files import TrainState
 from training.config import RunConfig
 from training.data.packing import (
     TrainingStream,
@@ -50,6 +43,8 @@ from training.evaluate import Evaluation, evaluate
 from training.loop import train
 from training.metrics import RunLog, routing_table
 from training.optimizer_state import load_moments, on_main_rank, whole_parameters
+from training.resume import Checkpoint, agreed_checkpoint, read_checkpoint, restore_rng
+from training.run_dir import claimed
 
 Summary = dict[str, Any]
 
@@ -62,7 +57,9 @@ class Assembled(NamedTuple):
     evaluate: Callable[[], Evaluation]  # on the held-out split
 
 
-def assemble(run: RunConfig, data: PreparedData, ranks: Ranks, weights: dict[str, Tensor] | None = None) -> Assembled:
+def assemble(
+    run: RunConfig, data: PreparedData, ranks: Ranks, weights: Mapping[str, Tensor] | None = None
+) -> Assembled:
     """Build a run's model, engine and data streams, at step 0. Collective.
 
     Args:
@@ -122,9 +119,9 @@ def pretrain(run: RunConfig) -> Summary | None:
     if not console.is_terminal:
         console.width = 120  # a file has no width: don't fold its lines
     folder = Path(run.run_dir)
+    source = agreed_checkpoint(run, ranks)
     with main_first(ranks):
         refuse_uneven_experts(run, ranks)
-        source = find_checkpoint(run)
         checkpoint = read_checkpoint(source, run) if source else None
         data = prepare(run.data, source / TOKENIZER if source else None)
         words = _fitting_vocabulary(data, run)
@@ -133,67 +130,56 @@ def pretrain(run: RunConfig) -> Summary | None:
             _refuse_other_data(checkpoint, fingerprint)
     refuse_difference(fingerprint, "training sequences", ranks)
     engine, stream, evaluate_held_out = assemble(run, data, ranks, checkpoint.model if checkpoint else None)
-    with main_first(ranks):
-        if ranks.is_main:
-            _claim_run_dir(folder, run)
-    before = evaluate_held_out()
-    state = TrainState(
-        step=0,
-        tokens=0,
-        position=stream.position,
-        initial_loss=None,
-        recent_losses=[],
-        seconds=0.0,
-        initial_eval_loss=before.loss,
-        data=fingerprint,
-    )
-    if checkpoint:
-        state = checkpoint.state
-        stream.position = state.position
-        load_moments(engine, checkpoint.optimizer, state.step)
-        restore_rng(checkpoint.rng, ranks)
-        del checkpoint  # two or three times the model's size
-    entropy = unigram_entropy(data.held_out, words, run.train.evaluation_tokens)
-    console.print(
-        f"{folder}: encoder of {run.model.num_params():,} parameters, {run.model.num_active_params():,} active per "
-        f"token; {ranks.world} x {ranks.device.type}\n"
-        f"{state.data}; step {state.step} of {run.train.max_steps}"
-        + (f", resumed from {source}" if source else "")
-        + f"\nheld-out loss {before.loss:.4f}, unigram entropy {entropy:.4f} nats"
-    )
-    log = None
-    if ranks.is_main:
-        log = RunLog(folder / "tensorboard", run.log.every, state.step, run.train.max_steps, console)
-    tokenizer = data.tokenizer.to_str(pretty=True)
-    if log and not state.step:
-        log.evaluation(0, before)
-    with log or nullcontext():
-        state, after = train(
-            engine,
-            stream,
-            run,
-            ranks,
-            state,
-            log,
-            evaluate=evaluate_held_out,
-            save=lambda reached: save_checkpoint(engine, run, reached, tokenizer, ranks),
+    with claimed(run, ranks):
+        before = evaluate_held_out()
+        state = TrainState(
+            step=0,
+            tokens=0,
+            position=stream.position,
+            initial_loss=None,
+            recent_losses=[],
+            seconds=0.0,
+            initial_eval_loss=before.loss,
+            data=fingerprint,
         )
-    if after is None:
-        console.print(f"stopped at step {state.step}, which is saved; the same command goes on from there")
-        return None
-    weights = on_main_rank(whole_parameters(engine), ranks)
-    if log is None:
-        return None
-    save_pretrained(engine.module, folder / "model", tokenizer, weights)
-    summary = _summary(state, after, entropy, ranks)
-    write_file(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    console.print(routing_table(after.routing) if after.routing else "no routed layer")
-    console.print(
-        f"held-out loss {state.initial_eval_loss:.4f} -> {after.loss:.4f} nats; unigram entropy {entropy:.4f}\n"
-        f"model: {folder / 'model'}\nsummary: {folder / 'summary.json'}\n"
-        f"curves: tensorboard --logdir {folder / 'tensorboard'}"
-    )
-    return summary
+        if checkpoint:
+            state = checkpoint.state
+            stream.position = state.position
+            load_moments(engine, checkpoint.optimizer, state.step)
+            restore_rng(checkpoint.rng, ranks)
+            del checkpoint  # closes its files
+        entropy = unigram_entropy(data.held_out, words, run.train.evaluation_tokens)
+        console.print(
+            f"{folder}: encoder of {run.model.num_params():,} parameters, {run.model.num_active_params():,} active per "
+            f"token; {ranks.world} x {ranks.device.type}\n"
+            f"{state.data}; step {state.step} of {run.train.max_steps}"
+            + (f", resumed from {source}" if source else "")
+            + f"\nheld-out loss {before.loss:.4f}, unigram entropy {entropy:.4f} nats"
+        )
+        log = None
+        if ranks.is_main:
+            log = RunLog(folder / "tensorboard", run.log.every, state.step, run.train.max_steps, console)
+        tokenizer = data.tokenizer.to_str(pretty=True)
+        if log and not state.step:
+            log.evaluation(0, before)
+        with log or nullcontext(), Checkpoints(engine, run, tokenizer, ranks) as checkpoints:
+            state, after = train(engine, stream, run, ranks, state, log, evaluate_held_out, checkpoints)
+        if after is None:
+            console.print(f"stopped at step {state.step}, which is saved; the same command goes on from there")
+            return None
+        weights = on_main_rank(whole_parameters(engine), ranks)
+        if log is None:
+            return None
+        save_pretrained(engine.module, folder / "model", tokenizer, weights)
+        summary = _summary(state, after, entropy, ranks)
+        write_file(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        console.print(routing_table(after.routing) if after.routing else "no routed layer")
+        console.print(
+            f"held-out loss {state.initial_eval_loss:.4f} -> {after.loss:.4f} nats; unigram entropy {entropy:.4f}\n"
+            f"model: {folder / 'model'}\nsummary: {folder / 'summary.json'}\n"
+            f"curves: tensorboard --logdir {folder / 'tensorboard'}"
+        )
+        return summary
 
 
 def _fitting_vocabulary(data: PreparedData, run: RunConfig) -> Vocabulary:
@@ -204,28 +190,6 @@ def _fitting_vocabulary(data: PreparedData, run: RunConfig) -> Vocabulary:
             f"{run.model.vocab_size} rows; set model.vocab_size to at least {words.size}"
         )
     return words
-
-
-def _claim_run_dir(folder: Path, run: RunConfig) -> None:
-    """Make the run's folder and write its config. A run that isn't to be resumed is moved aside, not lost."""
-    for name in ("checkpoints", "model", "tensorboard"):
-        if (folder / name).exists() and not (folder / name).is_dir():
-            raise UserError(f"{folder / name} is a file where the run keeps a folder; move it or change run_dir")
-    for name in ("config.yaml", "summary.json"):
-        if (folder / name).is_dir():
-            raise UserError(f"{folder / name} is a folder where the run keeps a file; move it or change run_dir")
-    if run.checkpoint.resume == "never" and (folder / "checkpoints").exists():
-        folder = folder.resolve()
-        n = 1
-        while (aside := folder.with_name(f"{folder.name}.old-{n}")).exists():
-            n += 1
-        try:
-            folder.rename(aside)
-        except OSError as error:
-            raise UserError(
-                f"cannot move {folder} aside to {aside.name}: {error.strerror}; choose another run_dir"
-            ) from error
-    write_file(folder / "config.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
 
 
 def _fingerprint(sequences: Dataset) -> str:

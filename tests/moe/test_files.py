@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from moe.files import whole_folder, write_file
+from moe import files
+from moe.files import clear_leftovers, remove_folder, whole_folder, write_file
 from routing.errors import UserError
 
 
@@ -45,7 +46,12 @@ def test_a_folder_appears_when_it_is_filled(tmp_path: Path) -> None:
     assert names(folder.parent) == ["b"]
 
 
-def test_a_folder_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("can_swap", [True, False])
+def test_a_folder_replaces_the_old_one_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_swap: bool
+) -> None:
+    if not can_swap:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     folder = tmp_path / "model"
     fill(folder, "old")
     fill(folder, "new")
@@ -72,6 +78,55 @@ def test_what_a_killed_process_left_behind_is_no_part_of_the_next_folder(tmp_pat
     fill(tmp_path / "model", "new")
     assert names(tmp_path / "model") == ["new"]
     assert names(tmp_path) == ["model"]
+
+
+def test_two_folders_are_swapped_at_once(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        fill(tmp_path / name, name)
+    assert files._exchange(tmp_path / "one", tmp_path / "two")
+    assert names(tmp_path / "one") == ["two"]
+    assert names(tmp_path / "two") == ["one"]
+    assert not files._exchange(tmp_path / "one", tmp_path / "three")
+
+
+def test_a_place_that_cannot_be_taken_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "model", "old")
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if source.name == ".model.partial":
+            raise PermissionError(13, "Permission denied")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(UserError, match=r"cannot write .*/model: Permission denied"):
+        fill(tmp_path / "model", "new")
+    assert names(tmp_path / "model") == ["old"]
+    assert names(tmp_path) == ["model"]
+
+
+def test_a_removed_folder_is_gone_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "step-1", "one")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", lambda *arguments, **options: None)  # killed before it got to that
+        remove_folder(tmp_path / "step-1")
+    assert names(tmp_path) == [".step-1.removed"]
+    fill(tmp_path / "step-1", "one")
+    remove_folder(tmp_path / "step-1")
+    remove_folder(tmp_path / "step-2")  # isn't there
+    assert names(tmp_path) == []
+
+
+def test_leftovers_of_killed_processes_are_cleared_and_what_stepped_aside_comes_back(tmp_path: Path) -> None:
+    for name in ("step-1", ".step-1.old", ".step-2.old", ".step-3.12ab.partial", ".step-4.removed", ".model.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    clear_leftovers(tmp_path, "step-*")
+    assert names(tmp_path) == [".model.partial", "step-1", "step-2"]
+    assert (tmp_path / "step-1" / "file").read_text() == "step-1"
+    assert (tmp_path / "step-2" / "file").read_text() == ".step-2.old"
+    clear_leftovers(tmp_path / "nowhere", "step-*")
 
 
 def test_a_file_in_the_parents_place_is_the_users_to_mend(tmp_path: Path) -> None:

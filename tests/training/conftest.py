@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
+from torch import Tensor
 
 from training import engine
 from training.config import RunConfig
@@ -126,6 +128,17 @@ def reference(tmp_path_factory: pytest.TempPathFactory, text_file: Path, cache_d
 def finished(reference: Path, tmp_path: Path) -> Path:
     """A copy of the reference's run_dir, to do with as a test likes."""
     return Path(shutil.copytree(reference / "run", tmp_path / "run"))
+
+
+def saved_tensors(checkpoint: Path, stem: str) -> dict[str, Tensor]:
+    """All of a checkpoint's tensors, `model` or `optimizer`, as the safetensors library reads them."""
+    return {name: t for path in checkpoint.glob(f"{stem}-*.safetensors") for name, t in load_file(path).items()}
+
+
+def saved_bits(checkpoint: Path) -> dict[str, bytes]:
+    """A checkpoint's files that must not differ between two runs of the same; those that hold times and paths may."""
+    files = contents(checkpoint)
+    return {name: files[name] for name in files if name not in ("config.yaml", "state.json", "state.json.sha256")}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

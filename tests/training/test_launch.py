@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.conftest import ROOT, free_port, moe_process
-from training.checkpoint import find_fault
+from training.checkpoint_files import find_fault
 from training.config import RunConfig
 from training.pretrain import pretrain
 

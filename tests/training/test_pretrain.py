@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 import moe
 from routing.errors import UserError
-from tests.training.conftest import contents, moe_process
+from tests.training.conftest import contents, moe_process, saved_bits
 from tests.training.workers import assemble
 from training import step
-from training.checkpoint import find_checkpoint, find_fault
+from training.checkpoint_files import find_fault
 from training.cli import main
 from training.config import RunConfig, load_run_config
 from training.data.packing import held_out_batches
@@ -29,10 +29,9 @@ from training.data.tokenizer import vocabulary
 from training.engine import Ranks
 from training.optimizer_state import whole_parameters
 from training.pretrain import pretrain
+from training.resume import find_checkpoint
 
 pytestmark = pytest.mark.usefixtures("alone")
-
-EXACT = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "tokenizer.json")
 
 
 def interrupt(reference: Path, run: Path, signum: int, delay: float) -> tuple[int, str]:
@@ -63,8 +62,7 @@ def assert_same_end(reference: Path, run: Path) -> None:
     model = "model/model.safetensors"
     assert (actual / model).read_bytes() == (expected / model).read_bytes()
     last = Path("checkpoints/step-000012")
-    for name in EXACT:
-        assert (actual / last / name).read_bytes() == (expected / last / name).read_bytes(), name
+    assert saved_bits(actual / last) == saved_bits(expected / last)
     states = [json.loads((folder / last / "state.json").read_text())["train"] for folder in (actual, expected)]
     for state in states:
         del state["seconds"]
@@ -121,6 +119,7 @@ def test_summary_holds_what_a_run_came_to(reference: Path) -> None:
 def test_run_dir_holds_config_checkpoints_curves_and_model(reference: Path) -> None:
     run = reference / "run"
     assert sorted(p.name for p in run.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.yaml",
         "model",
@@ -252,7 +251,8 @@ def test_resume_never_starts_again_and_loses_nothing(reference: Path, finished: 
         summary = pretrain(load_run_config(reference / "run.yaml", [f"run_dir={finished}", *changes]))
         assert summary is not None
         assert summary["steps"] == 1
-        assert contents(finished.with_name("run.old-1")) == before
+        aside = contents(finished.with_name("run.old-1"))
+        assert aside | {".lock": b""} == before | {".lock": b""}
         assert finished.with_name("run.old-2").exists() == (n == 2)
 
 

@@ -1,5 +1,6 @@
 """What runs on the ranks that tests spawn: `python -m tests.training.workers FUNCTION ARGUMENTS`."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -11,16 +12,27 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from routing.errors import UserError
 from tests.training import spread
-from training import step
+from training import checkpoint, step
+from training.checkpoint import Checkpoints
+from training.checkpoint_files import TrainState
 from training.cli import leave
 from training.config import RunConfig
 from training.data.packing import DataPosition, TrainingStream
 from training.data.prepare import PreparedData, prepare
-from training.engine import Ranks, main_first, read_gradient, start_processes, stop_processes
+from training.engine import (
+    FailedElsewhere,
+    Ranks,
+    main_first,
+    read_gradient,
+    start_processes,
+    stop_processes,
+)
 from training.optimizer_state import load_moments, whole_moments, whole_parameters
 from training.pretrain import assemble as put_together
 from training.pretrain import pretrain
+from training.resume import agreed_checkpoint
 
 
 def assemble(run: RunConfig, ranks: Ranks) -> tuple[Any, TrainingStream]:
@@ -113,6 +125,54 @@ def pretrain_all(out: str, *cases: str) -> None:
         data["parallel"] = {"zero_stage": int(stage)}
         data["checkpoint"]["resume"] = source[0] if source else "auto"
         pretrain(RunConfig.model_validate(data))
+
+
+def fail_to_save(config: str, out: str) -> None:
+    """On two ranks: what happens when one of them can't write, or has what isn't finite; see test_checkpoint.py."""
+    ranks = start_processes()
+    data = yaml.safe_load(Path(config).read_text())
+    data["run_dir"] = str(Path(out) / "damaged")
+    agreed = agreed_checkpoint(RunConfig.model_validate(data), ranks)
+    assert agreed == Path(out) / "damaged" / "checkpoints" / "step-000002", agreed
+
+    data["run_dir"] = str(Path(out) / "run")
+    write = checkpoint.write_shard
+
+    def no_space(*arguments: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for way, stage in (("foreground", 3), ("background", 0)):
+        data["checkpoint"] = {"every": 2, "keep": 9, "write": way}
+        data["parallel"] = {"zero_stage": stage}
+        run = RunConfig.model_validate(data)
+        engine, stream = assemble(run, ranks)
+        step.train_step(engine, stream.next_step(), run.objective, ranks)
+        state = TrainState(6, 0, stream.position, None, [], 0.0, 0.0, "")
+
+        def failing(engine: Any = engine, run: RunConfig = run, state: TrainState = state) -> Exception:
+            try:
+                with Checkpoints(engine, run, "{}", ranks) as checkpoints:
+                    checkpoints.save(state)
+            except (UserError, FailedElsewhere, step.NonFiniteLoss) as failure:
+                return failure
+            raise AssertionError
+
+        for unlucky in (0, 1):
+            checkpoint.write_shard = no_space if ranks.rank == unlucky else write
+            error = failing()
+            assert isinstance(error, UserError if ranks.rank == unlucky else FailedElsewhere), error
+            if ranks.rank == unlucky:
+                assert str(error).startswith(f"cannot write {run.run_dir}/checkpoints/step-000006: No space left"), (
+                    error
+                )
+        checkpoint.write_shard = write
+    # All ranks tell of a tensor that isn't finite, whichever of them had to write it.
+    for name, parameter in list(engine.module.named_parameters())[:6]:
+        parameter.data.flatten()[0] = float("nan")
+        error = failing()
+        assert (type(error), str(error)) == (step.NonFiniteLoss, name), error
+        parameter.data.flatten()[0] = 0.0
+    stop_processes()
 
 
 def record_routers(config: str, out: str, *routers: str) -> None:

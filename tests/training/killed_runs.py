@@ -1,0 +1,117 @@
+"""Runs that are killed again and again: `python -m tests.training.killed_runs CONFIG OUT WORLD KILLS SEED`.
+
+One process imports everything once and forks the ranks, so that a kill costs a second and not ten.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch._dynamo  # noqa: F401  torch asks for it when the first optimizer is made
+
+import training.pretrain  # noqa: F401
+from moe import files
+from tests.training.conftest import free_port
+from training import shards
+from training.checkpoint_files import last_saved, step_of, verify
+from training.cli import main
+
+
+def start(words: list[str], world: int, output: Path, prepare: Callable[[], object]) -> list[int]:
+    """Fork the ranks of a `moe` command, each calling `prepare` first; return their process ids."""
+    port = str(free_port())
+    ranks = []
+    for rank in range(world):
+        if pid := os.fork():
+            ranks.append(pid)
+            continue
+        code = 70
+        try:
+            os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+            os.dup2(1, 2)
+            if world > 1:
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            prepare()
+            code = main(words)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return ranks
+
+
+def end(ranks: list[int], seconds: float) -> None:
+    """Wait until all ranks have ended.
+
+    Raises:
+        AssertionError: if one hasn't in time; it is killed.
+    """
+    left = list(ranks)
+    deadline = time.monotonic() + seconds
+    while left := [rank for rank in left if not os.waitpid(rank, os.WNOHANG)[0]]:
+        if time.monotonic() > deadline:
+            for rank in left:
+                os.kill(rank, signal.SIGKILL)
+            raise AssertionError(f"{len(left)} of {len(ranks)} ranks didn't end")
+        time.sleep(0.005)
+
+
+def slow_disk(chance: random.Random) -> None:
+    """Let each tensor and each sync take some milliseconds, so that a kill falls into a write more often than not."""
+    pause = chance.uniform(0.0, 0.01)
+
+    def slowly(call: Callable[..., Any]) -> Callable[..., Any]:
+        def slow(*arguments: Any) -> Any:
+            time.sleep(pause)
+            return call(*arguments)
+
+        return slow
+
+    shards._write_bytes = slowly(shards._write_bytes)
+    files.sync = slowly(files.sync)
+
+
+def killed_and_resumed(config: str, out: str, world: int, kills: int, seed: int) -> None:
+    """Kill a rank of the run in `OUT/run` at random moments; then let it end, and once more in one go in `OUT/whole`.
+
+    Prints how many kills met a checkpoint that was being written.
+    """
+    run, output, chance = Path(out) / "run", Path(out) / "output.txt", random.Random(seed)
+    checkpoints = run / "checkpoints"
+    met = 0
+    for _ in range(kills):
+        before = last_saved(checkpoints)
+        words = ["pretrain", config, f"checkpoint.every={chance.choice((1, 3))}", f"run_dir={run}"]
+        ranks = start([*words, "train.max_steps=100000"], world, output, lambda: slow_disk(chance))
+        deadline = time.monotonic() + 60
+        while last_saved(checkpoints) == before:  # until it has gone on from there
+            assert time.monotonic() < deadline, "it doesn't resume"
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.4))
+        os.kill(chance.choice(ranks), signal.SIGKILL)
+        met += any(checkpoints.glob(".step-*.partial"))
+        end(ranks, 30)
+        broken = [f"{verdict.name}: {fault}" for verdict in verify(run) for fault in verdict.faults]
+        assert not broken, broken
+    steps = step_of(Path(last_saved(checkpoints) or "")) + 1
+    for name in ("run", "whole"):
+        last = ["pretrain", config, f"train.max_steps={steps}", f"run_dir={Path(out) / name}"]
+        end(start(last, world, output, lambda: None), 60)
+        (Path(out) / name / "checkpoints" / f"step-{steps:06d}").rename(Path(out) / f"{name}-last")
+    print(f"{steps} steps; {met} of {kills} kills met a checkpoint that was being written")
+
+
+if __name__ == "__main__":
+    config, out, world, kills, seed = sys.argv[1:]
+    killed_and_resumed(config, out, int(world), int(kills), int(seed))
+    sys.stdout.flush()
+    os._exit(0)
