@@ -4,7 +4,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,15 +12,51 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 Row = dict[str, Any]
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
+def arguments(description: str | None, rounds: int | None = None) -> argparse.ArgumentParser:
+    """The options of every benchmark; `--rounds` where it has a default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help=f"timed turns of each contender ({rounds})")
     return parser
+
+
+def device_in_use() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train_call(forward: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Callable[[], None]:
+    """Forward and backward, to every one of `inputs` that the output depends on. The gradients are let go at once."""
+    gradient: list[Tensor] = []  # of the output; made at the first call
+
+    def call() -> None:
+        y = forward(x)
+        if not gradient:
+            gradient.append(torch.randn_like(y))
+        torch.autograd.grad(y, inputs, gradient[0], allow_unused=True)
+
+    return call
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Of one call; on a GPU by its own clock."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def interleaved_seconds(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -32,12 +68,9 @@ def interleaved_seconds(contenders: Mapping[str, Callable[[], object]], rounds: 
     shuffled = random.Random(0)
     for turn in range(rounds + 2):
         for name in shuffled.sample(sorted(contenders), len(contenders)):
-            start = time.perf_counter()
-            contenders[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            seconds = seconds_of(contenders[name])
             if turn >= 2:  # warm
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return {name: median(taken) for name, taken in times.items()}
 
 
@@ -49,5 +82,9 @@ def show(title: str, rows: list[Row], json_file: Path | None) -> None:
     for row in rows:
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console(width=160).print(table)
+    save(rows, json_file)
+
+
+def save(rows: list[Row], json_file: Path | None) -> None:
     if json_file:
         json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from routing.config import Config, RouterConfig, TokenChoiceConfig
 
 Activation = Literal["gelu", "swiglu", "geglu"]
-Backend = Literal["auto", "loop", "torch", "cpu"]  # of the experts' arithmetic: see moe/experts/mixture.py
+Backend = Literal["auto", "loop", "torch", "cpu", "triton"]  # of the experts' arithmetic: see moe/experts/mixture.py
 
 
 class RotaryConfig(Config):

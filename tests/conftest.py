@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -9,6 +10,10 @@ import torch
 # Derandomised: the same examples on every machine, so a red build is red for its author too.
 hypothesis.settings.register_profile("house", max_examples=50, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("house")
+
+# Without a GPU, Triton's kernels run in its interpreter. It looks here once, when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -306,23 +306,33 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([rows[:0] @ weight[0], *owned])
 
 
-def moe_feed_forward(layer: MoEFeedForward, x: Tensor, tokens: Tokens) -> tuple[Tensor, RoutingStats]:
-    """Token by token, choice by choice."""
-    routing, activation = route(layer.router, x, tokens), layer.experts.activation
+def mixture(
+    x: Tensor, weights: Tensor, choices: Tensor, kept: Tensor, up: Tensor, down: Tensor, activation: str
+) -> Tensor:
+    """Token by token, kept choice by kept choice."""
+    ups, downs = up.unbind(), down.unbind()  # not up[e]: its backward writes a gradient of all experts
     y = []
     for t, token in enumerate(x):
         out = torch.zeros_like(token)
-        if layer.shared is not None:
-            out = out + layer.shared.down.weight @ activate(layer.shared.up.weight @ token, activation)
-        for k, e in enumerate(routing.choices[t].tolist()):
-            if routing.kept[t, k]:
-                hidden = activate(token @ layer.experts.up[e], activation)
-                out = out + routing.weights[t, k] * (hidden @ layer.experts.down[e])
+        for k, e in enumerate(choices[t].tolist()):
+            if kept[t, k]:
+                out = out + weights[t, k] * (activate(token @ ups[e], activation) @ downs[e])
         y.append(out)
+    return torch.stack(y)
+
+
+def moe_feed_forward(layer: MoEFeedForward, x: Tensor, tokens: Tokens) -> tuple[Tensor, RoutingStats]:
+    """The shared expert's and the chosen experts' sum."""
+    routing, experts = route(layer.router, x, tokens), layer.experts
+    chosen = (routing.weights, routing.choices, routing.kept)
+    y = mixture(x, *chosen, experts.up, experts.down, experts.activation)
+    if layer.shared is not None:
+        up, down = layer.shared.up.weight, layer.shared.down.weight
+        y = y + torch.stack([down @ activate(up @ token, experts.activation) for token in x])
     in_sequence = layer.router.config.losses.sequence_balance != 0
     centred = getattr(layer.router.config, "centring", None) is not None
     lengths = tokens.cu_seqlens.diff().tolist() if in_sequence else None
-    return torch.stack(y), summarize(routing, lengths, x if centred else None)
+    return y, summarize(routing, lengths, x if centred else None)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:

@@ -36,5 +36,8 @@ def machine(device: torch.device) -> str:
 @cache
 def _table() -> dict[str, dict[str, list[tuple[int, str]]]]:
     """Machine -> dtype -> (from so many rows per expert, backend), rising."""
-    table: dict[str, dict[str, list[tuple[int, str]]]] = json.loads(TABLE.read_text(encoding="utf-8"))["fastest"]
-    return table
+    written: dict[str, dict[str, dict[str, str]]] = json.loads(TABLE.read_text(encoding="utf-8"))["fastest"]
+    return {
+        device: {dtype: [(int(rows), best) for rows, best in steps.items()] for dtype, steps in dtypes.items()}
+        for device, dtypes in written.items()
+    }

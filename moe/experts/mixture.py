@@ -3,6 +3,7 @@
 Shape legend in `routing/types.py`; F hidden width, P columns of `up`: F, or 2F when gated (gate first).
 """
 
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ from moe.experts.cpu.mixture import cpu_mixture, serves
 from moe.experts.dispatch import DispatchPlan
 from moe.experts.fastest import fastest
 from moe.experts.grouped_linear import GroupedLinear, loop_grouped_linear, torch_grouped_linear
+from moe.experts.triton_mixture import triton_available, triton_mixture
 from moe.feed_forward import activate
 from routing.errors import UserError
 
@@ -82,7 +84,16 @@ def choose_mixture(backend: Backend, width: int, hidden: int) -> Mixture:
         )
     if backend == "cpu" and (reason := why_unavailable()):
         raise UserError(f"backend: cpu isn't available: {reason}; install g++, or set backend: auto")
-    by_name: dict[Backend, Mixture] = {"loop": loop_mixture, "torch": torch_mixture, "cpu": cpu_mixture}
+    if backend == "triton" and find_spec("triton") is None:
+        raise UserError(
+            "backend: triton needs the package triton, which isn't installed; install it, or set backend: auto"
+        )
+    by_name: dict[Backend, Mixture] = {
+        "loop": loop_mixture,
+        "torch": torch_mixture,
+        "cpu": cpu_mixture,
+        "triton": triton_mixture,
+    }
     return by_name.get(backend, auto_mixture)
 
 
@@ -93,9 +104,12 @@ def auto_mixture(
 
     While torch compiles it is one that torch sees through.
     """
+    best = fastest(x, weights.numel(), up.shape[0])
     mixture: Mixture = torch_mixture
-    if not torch.compiler.is_compiling() and fastest(x, weights.numel(), up.shape[0]) == "cpu" and serves(x, up):
+    if best == "cpu" and serves(x, up) and not torch.compiler.is_compiling():
         mixture = cpu_mixture
+    elif best == "triton" and triton_available(x.device) is None:
+        mixture = triton_mixture
     elif x.dtype == torch.float64 or x.shape[1] % 8 or down.shape[1] % 8:  # what torch's kernel doesn't take
         mixture = loop_mixture
     return mixture(x, weights, plan, up, down, activation)

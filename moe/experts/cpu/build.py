@@ -25,27 +25,16 @@ def load_kernels() -> ctypes.CDLL:
     Raises:
         Unavailable: without a C++ compiler that takes GCC's vector extensions, or if it fails.
     """
-    compiler = shutil.which("g++")
-    if compiler is None:
-        raise Unavailable("there is no g++ to compile the kernels with")
-    source = _SOURCE.read_bytes()
-    version = _output([compiler, "-dumpfullversion"])
-    name = hashlib.sha256(b"\0".join([source, version.encode(), _processor(), *map(str.encode, _FLAGS)])).hexdigest()
-    folder = _cache_folder()
-    target = folder / f"kernels-{name[:16]}.so"
-    if not target.exists():
-        # Several processes may build at once: each under its own name, and the last one to finish stays.
-        handle, built = tempfile.mkstemp(suffix=".so", dir=folder)
-        os.close(handle)
-        try:
-            _output([compiler, *_FLAGS, str(_SOURCE), "-o", built])
-            os.replace(built, target)
-        finally:
-            Path(built).unlink(missing_ok=True)
+    try:
+        target = _build()
+    except OSError as error:
+        raise Unavailable(f"the kernels can't be compiled: {error}") from None
     try:
         kernels = ctypes.CDLL(str(target))
     except OSError as error:
-        raise Unavailable(f"the compiled kernels can't be loaded: {error}") from None
+        raise Unavailable(
+            f"the compiled kernels can't be loaded: {error}; delete {target} and they are compiled again"
+        ) from None
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     kernels.mixture_run.argtypes = [pointer, pointer, integer, pointer]
     kernels.mixture_run.restype = None
@@ -64,11 +53,34 @@ def why_unavailable() -> str | None:
     return None
 
 
+def _build() -> Path:
+    """The library, compiled if there is none yet of this source, by this compiler, for this processor."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise Unavailable("there is no g++ to compile the kernels with")
+    source = _SOURCE.read_bytes()
+    version = _output([compiler, "-dumpfullversion"])
+    name = hashlib.sha256(b"\0".join([source, version.encode(), _processor(), *map(str.encode, _FLAGS)])).hexdigest()
+    folder = _cache_folder()
+    target = folder / f"kernels-{name[:16]}.so"
+    if not target.exists():
+        # Several processes may build at once: each under its own name, and the last one to finish stays.
+        handle, built = tempfile.mkstemp(suffix=".so", dir=folder)
+        os.close(handle)
+        try:
+            _output([compiler, *_FLAGS, str(_SOURCE), "-o", built])
+            with open(built, "rb") as file:
+                os.fsync(file)  # a power cut must not leave the name without the contents
+            os.replace(built, target)
+        finally:
+            Path(built).unlink(missing_ok=True)
+    return target
+
+
 def _cache_folder() -> Path:
-    """A folder of the user's own; one that ends with the process where the home can't be written."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) / "routed-encoder"
+    """A folder of the user's own; one that ends with the process where there is no home, or it can't be written."""
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "routed-encoder"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
@@ -93,7 +105,7 @@ def _processor() -> bytes:
 
 def _output(command: list[str]) -> str:
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(command, check=True, capture_output=True, text=True, errors="replace").stdout
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", "") or str(error)
         raise Unavailable(f"{command[0]} failed: {detail.strip()[:500]}") from None

@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from moe.config import Activation
 from moe.experts.cpu.build import load_kernels, why_unavailable
@@ -31,6 +31,7 @@ Task = tuple[int, int, int, int, int, int]  # kind, expert, from, to, part, part
 class _Job(ctypes.Structure):
     """Mirrors `Job` in the kernels."""
 
+    tensors: dict[str, Tensor | None]  # what the pointers point to: a helper may outlive an interrupted call
     _fields_ = [
         (name, ctypes.c_int64) for name in ("width", "hidden", "top_k", "activation", "half", "half_weights")
     ] + [
@@ -90,8 +91,9 @@ class _CpuMixture(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # not once_differentiable: where dy wants no gradient, it lets wrong ones pass
+            raise RuntimeError("the cpu backend has no second derivatives (create_graph); set backend: loop")
         x, weights, up, down, *planned, pre = ctx.saved_tensors  # type: ignore[attr-defined]
         bounds, activation = ctx.bounds, ctx.activation  # type: ignore[attr-defined]
         wants_x, wants_weights, wants_up, wants_down, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
@@ -140,10 +142,10 @@ def _job(
     activation: Activation,
     **others: Tensor | None,
 ) -> _Job:
-    """What the kernels read and write; the caller keeps the tensors alive."""
+    """What the kernels read and write."""
     tensors = {"x": x, "weights": weights, "up": up, "down": down, **others}
     tensors |= {"assignments": plan.assignments, "row_of": plan.row_of, "kept": plan.kept}
-    return _Job(
+    job = _Job(
         width=x.shape[1],
         hidden=down.shape[1],
         top_k=weights.shape[1],
@@ -152,6 +154,8 @@ def _job(
         half_weights=up.dtype == torch.bfloat16,
         **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
     )
+    job.tensors = tensors
+    return job
 
 
 def _run(job: _Job, phases: list[list[Task]], multiply_adds: int) -> None:
@@ -163,7 +167,8 @@ def _run(job: _Job, phases: list[list[Task]], multiply_adds: int) -> None:
     for phase in phases:
         tasks = np.array(phase, dtype=np.int64)
         taken = ctypes.c_int64(0)
-        given = (ctypes.byref(job), tasks.ctypes.data, len(tasks), ctypes.byref(taken))
+        # Each of these keeps alive what it points to.
+        given = (ctypes.byref(job), tasks.ctypes.data_as(ctypes.c_void_p), len(tasks), ctypes.byref(taken))
         helpers = [_helpers(threads - 1).submit(run, *given) for _ in range(min(threads, len(tasks)) - 1)]
         run(*given)
         for helper in helpers:

@@ -1,106 +1,111 @@
-"""Rows go out sorted by expert and come back weighted, each kept assignment once, each dropped one never."""
+"""Rows are planned sorted by expert: one for each kept assignment, none for a dropped one."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
-from torch.testing import assert_close
 
-from moe.experts.dispatch import LocalDispatcher
+from moe.experts.dispatch import DispatchPlan, _plan_by_counting, _plan_by_sorting, plan_rows
+from moe.experts.mixture import torch_mixture
 from routing import Routing, Tokens
-from tests.oracles import gradients, random_like
+from tests.moe.experts.mixtures import Solved, assert_near, drawn, leaves, routing_of, routings, solve
+from tests.moe.experts.mixtures import case_of as mixture_of
 from tests.routing.routers import ROUTERS, case_of, router_of
 
-
-def routing_of(choices: Tensor, kept: Tensor, num_choices: int, weights: Tensor | None = None) -> Routing:
-    probs = torch.full((len(choices), num_choices), 1 / num_choices)
-    weights = torch.ones(choices.shape) if weights is None else weights
-    return Routing(probs.log(), probs, choices, weights * kept, kept, choices.numel())
+Planner = Callable[[Routing], DispatchPlan]
 
 
-def test_literal() -> None:
-    x = torch.tensor([[10.0], [20.0], [30.0]])
+@pytest.fixture(params=[_plan_by_counting, _plan_by_sorting], ids=["counting", "sorting"], scope="session")
+def planner(request: pytest.FixtureRequest) -> Planner:
+    if request.param is _plan_by_counting:
+        request.getfixturevalue("kernels")
+    return request.param
+
+
+def test_literal(planner: Planner) -> None:
     choices = torch.tensor([[2, 0], [0, -1], [2, 1]])
     kept = torch.tensor([[True, True], [True, False], [True, True]])
-    rows, plan = LocalDispatcher().dispatch(x, routing_of(choices, kept, num_choices=4))
-    assert rows.flatten().tolist() == [10, 20, 30, 10, 30]  # 0: two, 1: one, 2: two, 3: none
+    plan = planner(routing_of(choices, kept, experts=4))
+    assert plan.assignments[:5].tolist() == [1, 2, 5, 0, 4]  # 0: two, 1: one, 2: two, 3: none
     assert plan.ends.tolist() == [2, 3, 5, 5]
     assert plan.ends.dtype == torch.int32
     assert plan.row_of[plan.kept].tolist() == [3, 0, 1, 4, 2]
-    weights = torch.tensor([[1.0, 2.0], [3.0, 0.0], [5.0, 6.0]])
-    combined = LocalDispatcher().combine(rows, plan, weights)
-    assert combined.flatten().tolist() == [10 + 20, 60, 150 + 180]
+    assert torch.equal(plan.kept, kept)
 
 
-@st.composite
-def routings(draw: st.DrawFn) -> Routing:
-    tokens, num_choices = draw(st.integers(0, 12)), draw(st.integers(1, 6))
-    top_k = draw(st.integers(1, num_choices))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    choices = torch.rand(tokens, num_choices, generator=generator).argsort(-1)[:, :top_k]
-    kept = torch.rand(tokens, top_k, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
-    nobody = torch.rand(tokens, top_k, generator=generator) < draw(st.sampled_from([0.0, 0.5]))
-    choices = choices.masked_fill(nobody & ~kept, -1)  # neither kept nor dropped
-    return routing_of(choices, kept, num_choices, torch.rand(tokens, top_k, generator=generator))
-
-
-@given(routings())
-def test_every_kept_assignment_is_computed_once_by_its_expert_and_no_dropped_one(routing: Routing) -> None:
-    tokens, num_choices = routing.probs.shape
-    x = torch.arange(1.0, tokens + 1)[:, None]
-    rows, plan = LocalDispatcher().dispatch(x, routing)
+@given(routing=routings())
+def test_every_kept_assignment_has_one_row_of_its_expert_and_no_dropped_one_any(
+    planner: Planner, routing: Routing
+) -> None:
+    plan, top_k = planner(routing), routing.choices.shape[1]
     bounds = [0, *plan.ends.tolist()]
-    computed = [(int(rows[r]) - 1, e) for e in range(num_choices) for r in range(bounds[e], bounds[e + 1])]
-    asked = [
-        (t, e)
-        for t in range(tokens)
-        for e, kept in zip(routing.choices[t].tolist(), routing.kept[t].tolist(), strict=True)
-        if kept
+    planned = [
+        (*divmod(int(plan.assignments[r]), top_k), e)
+        for e in range(len(plan.ends))
+        for r in range(bounds[e], bounds[e + 1])
     ]
-    assert sorted(computed) == sorted(asked)
-    assert len(rows) == (max(1, len(asked)) if tokens else 0)  # none that nobody owns, but never an empty product
+    asked = [(t, k, int(routing.choices[t, k])) for t, k in routing.kept.nonzero().tolist()]
+    assert planned == sorted(asked, key=lambda row: (row[2], row[0], row[1]))
+    assert [int(plan.row_of[t, k]) for t, k, _ in planned] == list(range(len(planned)))
+    assert plan.row_of.shape == routing.choices.shape
+    assert plan.row_of.numel() == 0 or 0 <= plan.row_of.min() <= plan.row_of.max() <= max(len(plan.assignments) - 1, 0)
 
 
-@given(routings())
-def test_combine_undoes_dispatch_and_never_reads_dropped_rows(routing: Routing) -> None:
-    tokens = len(routing.probs)
-    x, weights = torch.randn(tokens, 3, requires_grad=True), routing.weights.clone().requires_grad_()
-    rows, plan = LocalDispatcher().dispatch(x, routing)
-    owned = (torch.arange(len(rows)) < plan.ends[-1])[:, None]
-    combined = LocalDispatcher().combine(torch.where(owned, rows, float("nan")), plan, weights)
-    written = x * (weights * routing.kept).sum(-1, keepdim=True)
-    inputs, upstream = {"x": x, "weights": weights}, random_like(combined)
-    assert_close(combined, written)
-    assert_close(gradients(combined, inputs, upstream), gradients(written, inputs, upstream))
+def same(one: DispatchPlan, other: DispatchPlan) -> bool:
+    """In all that means something."""
+    rows = int(one.ends[-1])
+    return (
+        torch.equal(one.ends, other.ends)
+        and torch.equal(one.assignments[:rows], other.assignments[:rows])
+        and torch.equal(one.kept, other.kept)
+        and torch.equal(one.row_of[one.kept], other.row_of[one.kept])
+    )
 
 
-def test_combine_answers_in_the_rows_dtype() -> None:
-    routing = routing_of(torch.tensor([[0, 1]]), torch.tensor([[True, True]]), 2)
-    rows, plan = LocalDispatcher().dispatch(torch.randn(1, 4).bfloat16(), routing)
-    assert LocalDispatcher().combine(rows, plan, routing.weights).dtype == torch.bfloat16
+@pytest.mark.usefixtures("kernels")
+@given(routing=routings(most_tokens=300))
+def test_counting_and_sorting_make_the_same_plan(routing: Routing) -> None:
+    assert same(_plan_by_counting(routing), _plan_by_sorting(routing))
 
 
-def test_no_assignment_kept_gives_zeros_and_zero_gradients() -> None:
-    x, choices = torch.randn(3, 4, requires_grad=True), torch.tensor([[0, -1], [1, 0], [-1, -1]])
-    routing = routing_of(choices, torch.zeros(3, 2, dtype=torch.bool), num_choices=2)
-    weights = routing.weights.clone().requires_grad_()
-    rows, plan = LocalDispatcher().dispatch(x, routing)
-    y = LocalDispatcher().combine(rows, plan, weights)
+@pytest.mark.usefixtures("kernels")
+def test_on_a_cpu_rows_are_counted() -> None:
+    routing = drawn(20, experts=4, top_k=2, dropped=0.5)
+    assert len(plan_rows(routing).assignments) == int(routing.kept.sum()) < routing.most_kept
+
+
+def test_choices_of_any_strides(planner: Planner) -> None:
+    choices = torch.rand(20, 4).argsort(-1)[:, :2]
+    kept = torch.rand(20, 2) < 0.7
+    strided = routing_of(choices.T.contiguous().T, kept.T.contiguous().T, 4)
+    assert same(planner(strided), planner(routing_of(choices, kept, 4)))
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_no_assignment_kept_is_no_row_of_anybody(tokens: int, planner: Planner) -> None:
+    choices = torch.tensor([[0, -1], [1, 0], [-1, -1]])[:tokens]
+    plan = planner(routing_of(choices, torch.zeros(tokens, 2, dtype=torch.bool), 2))
     assert plan.ends.tolist() == [0, 0]
-    assert torch.equal(y, torch.zeros(3, 4))
-    grads = gradients(y, {"x": x, "weights": weights}, random_like(y))
-    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads.values())
+    assert plan.row_of.shape == (tokens, 2)
+
+
+def test_sorted_rows_are_as_many_as_shapes_allow() -> None:
+    routing = routing_of(torch.tensor([[0, 1], [1, 0]]), torch.tensor([[True, False], [True, False]]), 2)
+    assert len(_plan_by_sorting(routing).assignments) == 4
+    assert len(_plan_by_sorting(routing._replace(most_kept=3)).assignments) == 3
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ROUTERS)
 def test_on_cuda_rows_are_as_many_as_most_kept_without_a_wait(name: str) -> None:
     router, (x, tokens) = router_of(name).eval(), case_of([11, 20, 0, 9])
-    rows, plan = LocalDispatcher().dispatch(x, router(x, tokens))
-    y = LocalDispatcher().combine(rows, plan, router(x, tokens).weights)
-    cuda = x.detach().cuda()
-    routing = router.cuda()(cuda, Tokens(*(field.cuda() for field in tokens)))
-    rows, plan = LocalDispatcher().dispatch(cuda, routing)
-    assert int(routing.kept.sum()) == int(plan.ends[-1]) <= len(rows) == routing.most_kept
-    assert_close(LocalDispatcher().combine(rows, plan, routing.weights).cpu(), y, rtol=1e-4, atol=1e-4)
+    case = mixture_of(router(x, tokens), width=8, hidden=8)
+    inputs = leaves(case, torch.float32)
+    routing = router.cuda()(x.detach().cuda(), Tokens(*(field.cuda() for field in tokens)))
+    plan = plan_rows(routing)
+    assert int(routing.kept.sum()) == int(plan.ends[-1]) <= len(plan.assignments) == routing.most_kept
+    there = {name: tensor.detach().cuda().requires_grad_() for name, tensor in inputs.items()}
+    found = solve(torch_mixture, case._replace(routing=routing, upstream=case.upstream.cuda()), there)
+    found = Solved(found.y.cpu(), {name: grad.cpu() for name, grad in found.grads.items()})
+    assert_near(found, solve(torch_mixture, case, inputs), 1e-4)

@@ -4,9 +4,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from moe.config import Activation, ExpertsConfig
+from moe.config import Activation, Backend, ExpertsConfig
+from moe.experts.dispatch import plan_rows
 from moe.experts.experts import Experts
+from moe.experts.layer import MoEFeedForward
+from routing.errors import UserError
 from tests import oracles
+from tests.moe.experts.mixtures import counted
 
 
 def test_names_and_shapes_of_saved_tensors_are_in_by_out() -> None:
@@ -18,24 +22,27 @@ def test_names_and_shapes_of_saved_tensors_are_in_by_out() -> None:
     assert shapes("swiglu") == shapes("geglu") == {"up": (3, 8, 32), "down": (3, 16, 8)}
 
 
-@pytest.mark.parametrize("backend", ["loop", "torch"])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu", "geglu"])
-def test_values_and_gradients_match_the_oracle(activation: Activation, backend: str) -> None:
+def test_values_and_gradients_match_the_oracle(activation: Activation, backend: Backend) -> None:
     experts = Experts(ExpertsConfig(count=3, width=16, activation=activation, backend=backend), width=8)
-    rows, bounds = torch.randn(9, 8, requires_grad=True), [0, 4, 4, 9]  # the second is idle
-    fast = experts(rows, torch.tensor(bounds[1:], dtype=torch.int32))
-    slow = torch.stack(
-        [
-            oracles.activate(rows[r] @ experts.up[e], activation) @ experts.down[e]
-            for e in range(3)
-            for r in range(bounds[e], bounds[e + 1])
-        ]
-    )
-    inputs, upstream = {"rows": rows, **dict(experts.named_parameters())}, oracles.random_like(fast)
+    routing = counted(4, 0, 5)  # the second is idle
+    x, weights = torch.randn(9, 8, requires_grad=True), torch.randn(9, 1, requires_grad=True)
+    fast = experts(x, weights, plan_rows(routing))
+    slow = oracles.mixture(x, weights, routing.choices, routing.kept, experts.up, experts.down, activation)
+    inputs = {"x": x, "weights": weights, **dict(experts.named_parameters())}
+    upstream = oracles.random_like(fast)
     assert_close(fast, slow)
-    grads = oracles.gradients(fast, inputs, upstream)
-    assert_close(grads, oracles.gradients(slow, inputs, upstream))
-    assert torch.equal(grads["up"][1], torch.zeros_like(grads["up"][1]))
+    assert_close(oracles.gradients(fast, inputs, upstream), oracles.gradients(slow, inputs, upstream))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_its_own_dtype(dtype: torch.dtype) -> None:
+    experts = Experts(ExpertsConfig(count=3, width=16), width=8)
+    x, weights, plan = torch.randn(9, 8), torch.rand(9, 1), plan_rows(counted(4, 0, 5))
+    with torch.autocast("cpu", dtype):
+        y = experts(x, weights, plan)
+    assert y.dtype == dtype
+    assert_close(y.float(), experts(x, weights, plan), rtol=0.02, atol=0.02)
 
 
 def test_initialised_as_torchs_linear() -> None:
@@ -45,3 +52,12 @@ def test_initialised_as_torchs_linear() -> None:
         assert 0.99 * bound < weight.abs().max() <= bound
         assert_close(weight.std(), torch.tensor(bound / 3**0.5), rtol=0.02, atol=0)
         assert weight[0].ne(weight[1]).all()
+
+
+def test_a_backend_that_cannot_serve_is_refused_when_the_layer_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe.experts.mixture.why_unavailable", lambda: "no compiler today")
+    with pytest.raises(UserError, match="backend: cpu isn't available: no compiler today"):
+        MoEFeedForward(ExpertsConfig(width=16, backend="cpu"), width=8)
+    with pytest.raises(UserError, match="model width 8 and expert width 20"):
+        MoEFeedForward(ExpertsConfig(width=20, backend="torch"), width=8)
+    MoEFeedForward(ExpertsConfig(width=20, backend="auto"), width=8)

@@ -1,19 +1,14 @@
-"""Every backend against one product per row."""
+"""Both grouped products against one product per row."""
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from moe.experts.grouped_linear import (
-    GroupedLinear,
-    choose_backend,
-    loop_grouped_linear,
-    torch_grouped_linear,
-)
+from moe.experts.grouped_linear import GroupedLinear, loop_grouped_linear, torch_grouped_linear
 from tests import oracles
 
-BACKENDS = {"loop": loop_grouped_linear, "torch": torch_grouped_linear}
+PRODUCTS = {"loop": loop_grouped_linear, "torch": torch_grouped_linear}
 ENDS = {
     "even": [4, 8, 12],
     "uneven": [1, 8, 12],
@@ -25,8 +20,8 @@ ENDS = {
 }
 
 
-@pytest.fixture(params=BACKENDS.values(), ids=BACKENDS.keys())
-def backend(request: pytest.FixtureRequest) -> GroupedLinear:
+@pytest.fixture(params=PRODUCTS.values(), ids=PRODUCTS.keys())
+def product(request: pytest.FixtureRequest) -> GroupedLinear:
     return request.param
 
 
@@ -39,10 +34,10 @@ def case(rows: int = 12) -> dict[str, Tensor]:
 
 @pytest.mark.usefixtures("uninitialised_is_nan")
 @pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS.keys())
-def test_owned_rows_match_the_oracle_and_the_others_touch_nothing(backend: GroupedLinear, ends: list[int]) -> None:
+def test_owned_rows_match_the_oracle_and_the_others_touch_nothing(product: GroupedLinear, ends: list[int]) -> None:
     inputs, bounds = case(), torch.tensor(ends, dtype=torch.int32)
-    # Whatever comes out for rows past the end, its upstream gradient is zero: combine masks them.
-    fast = backend(inputs["rows"], inputs["weight"], bounds)[: ends[-1]]
+    # Whatever comes out for rows past the end, its upstream gradient is zero: mixtures mask them.
+    fast = product(inputs["rows"], inputs["weight"], bounds)[: ends[-1]]
     slow = oracles.grouped_linear(inputs["rows"], inputs["weight"], bounds)
     upstream = oracles.random_like(slow)
     assert_close(fast, slow)
@@ -50,37 +45,37 @@ def test_owned_rows_match_the_oracle_and_the_others_touch_nothing(backend: Group
 
 
 @pytest.mark.parametrize("strides", ["expanded to all", "expanded to rows", "transposed"])
-def test_upstream_gradients_of_any_strides(backend: GroupedLinear, strides: str) -> None:
+def test_upstream_gradients_of_any_strides(product: GroupedLinear, strides: str) -> None:
     inputs, ends = case(), torch.tensor([5, 5, 12], dtype=torch.int32)
     upstream = {
         "expanded to all": torch.tensor(1.7).expand(12, 16),  # as of y.sum()
         "expanded to rows": torch.randn(16).expand(12, 16),
         "transposed": torch.randn(16, 12).T,
     }[strides]
-    fast = oracles.gradients(backend(*inputs.values(), ends), inputs, [upstream])
+    fast = oracles.gradients(product(*inputs.values(), ends), inputs, [upstream])
     slow = oracles.gradients(oracles.grouped_linear(*inputs.values(), ends), inputs, [upstream])
     assert_close(fast, slow)
 
 
-def test_no_rows_give_zero_gradients_not_none(backend: GroupedLinear) -> None:
+def test_no_rows_give_zero_gradients_not_none(product: GroupedLinear) -> None:
     inputs = case(rows=0)
-    out = backend(*inputs.values(), torch.zeros(3, dtype=torch.int32))
+    out = product(*inputs.values(), torch.zeros(3, dtype=torch.int32))
     assert out.shape == (0, 16)
     grads = oracles.gradients(out, inputs, [torch.zeros(0, 16)])
     assert torch.equal(grads["weight"], torch.zeros(3, 8, 16))
 
 
-def test_works_without_gradients(backend: GroupedLinear) -> None:
+def test_works_without_gradients(product: GroupedLinear) -> None:
     inputs, ends = case(), torch.tensor([5, 5, 12], dtype=torch.int32)
     with torch.no_grad():
-        assert_close(backend(*inputs.values(), ends), oracles.grouped_linear(*inputs.values(), ends))
+        assert_close(product(*inputs.values(), ends), oracles.grouped_linear(*inputs.values(), ends))
 
 
-def test_bfloat16_rounds_once(backend: GroupedLinear) -> None:
+def test_bfloat16_rounds_once(product: GroupedLinear) -> None:
     inputs, ends = case(), torch.tensor([5, 5, 12], dtype=torch.int32)
     halved = {name: x.detach().bfloat16() for name, x in inputs.items()}
     exact = oracles.grouped_linear(*(x.float() for x in halved.values()), ends)
-    fast = backend(*halved.values(), ends)
+    fast = product(*halved.values(), ends)
     assert fast.dtype == torch.bfloat16
     assert_close(fast.float(), exact, rtol=2**-7, atol=2**-6)
 
@@ -90,26 +85,12 @@ def test_loop_gives_zeros_to_rows_of_nobody() -> None:
     assert torch.equal(out[7:], torch.zeros(5, 16))
 
 
-def test_backend_is_what_was_asked_for_and_auto_what_fits() -> None:
-    assert choose_backend("loop", 8, 16) == ("loop", loop_grouped_linear)
-    assert choose_backend("torch", 8, 16) == ("torch", torch_grouped_linear)
-    assert choose_backend("auto", 8, 16) == ("torch", torch_grouped_linear)
-    assert choose_backend("auto", 12, 16) == ("loop", loop_grouped_linear)
-    assert choose_backend("auto", 8, 20) == ("loop", loop_grouped_linear)
-
-
-@pytest.mark.parametrize(("inputs", "outputs"), [(12, 16), (8, 20)])
-def test_torch_refuses_widths_it_cannot_serve(inputs: int, outputs: int) -> None:
-    with pytest.raises(ValueError, match=f"multiples of 8, got model width {inputs} and expert width {outputs}"):
-        choose_backend("torch", inputs, outputs)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("ends", [e for e in ENDS.values() if e[-1]], ids=[n for n, e in ENDS.items() if e[-1]])
-def test_cuda_matches_the_oracle_in_half_precision(backend: GroupedLinear, ends: list[int]) -> None:
+def test_cuda_matches_the_oracle_in_half_precision(product: GroupedLinear, ends: list[int]) -> None:
     inputs, bounds = case(), torch.tensor(ends, dtype=torch.int32)
     on_gpu = {name: x.detach().cuda().bfloat16().requires_grad_() for name, x in inputs.items()}
-    fast = backend(*on_gpu.values(), bounds.cuda())[: ends[-1]]
+    fast = product(*on_gpu.values(), bounds.cuda())[: ends[-1]]
     slow = oracles.grouped_linear(*inputs.values(), bounds)
     upstream = torch.randn_like(slow)
     assert_close(fast.float().cpu(), slow, rtol=2e-2, atol=5e-2)

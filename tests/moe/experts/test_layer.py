@@ -55,7 +55,6 @@ CONFIGS = [
 
 
 @pytest.mark.usefixtures("uninitialised_is_nan")
-@pytest.mark.parametrize("backend", ["loop", "torch"])
 @pytest.mark.parametrize("name", ROUTERS)
 def test_values_and_all_gradients_match_the_oracle_for_every_router(name: str, backend: str, x: Tensor) -> None:
     router = {key: value for key, value in ROUTERS[name].items() if key != "noise"}
@@ -63,19 +62,16 @@ def test_values_and_all_gradients_match_the_oracle_for_every_router(name: str, b
 
 
 @pytest.mark.usefixtures("uninitialised_is_nan")
-@pytest.mark.parametrize("backend", ["loop", "torch"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_values_and_all_gradients_match_the_oracle_for_every_layer(config: dict, backend: str, x: Tensor) -> None:
     assert_matches_oracle(layer_of(**config, backend=backend), x)
 
 
-@pytest.mark.parametrize("backend", ["loop", "torch"])
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_few_tokens_leave_most_experts_idle_with_zero_gradients(tokens: int, backend: str) -> None:
     assert_matches_oracle(layer_of(backend=backend, count=8), torch.randn(tokens, 8, requires_grad=True))
 
 
-@pytest.mark.parametrize("backend", ["loop", "torch"])
 def test_no_tokens_give_every_parameter_a_zero_gradient(backend: str) -> None:
     layer = layer_of(backend=backend, shared_width=8)
     y, stats = layer(torch.zeros(0, 8, requires_grad=True), tokens_of([0]))
@@ -90,7 +86,6 @@ def test_input_of_any_strides() -> None:
     assert_matches_oracle(layer_of(shared_width=8), torch.randn(1, 8, requires_grad=True).expand(5, 8))
 
 
-@pytest.mark.parametrize("backend", ["loop", "torch"])
 def test_used_twice_in_one_graph_gradients_add_up(backend: str, x: Tensor) -> None:
     layer = layer_of(backend=backend, router="softmax, plain")
     inputs = {"x": x, **dict(layer.named_parameters())}
@@ -107,7 +102,6 @@ def test_used_twice_in_one_graph_gradients_add_up(backend: str, x: Tensor) -> No
     )
 
 
-@pytest.mark.parametrize("backend", ["loop", "torch"])
 def test_a_sum_of_outputs_can_be_differentiated(backend: str, x: Tensor) -> None:
     layer = layer_of(backend=backend)
     inputs = {"x": x, **dict(layer.named_parameters())}
@@ -117,7 +111,6 @@ def test_a_sum_of_outputs_can_be_differentiated(backend: str, x: Tensor) -> None
     assert_close(oracles.gradients(fast, inputs, upstream), oracles.gradients(slow, inputs, upstream))
 
 
-@pytest.mark.parametrize("backend", ["loop", "torch"])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_autocast_computes_experts_in_bfloat16_and_stays_close(activation: str, backend: str, x: Tensor) -> None:
     layer = layer_of(activation=activation, backend=backend, shared_width=8)
@@ -173,7 +166,6 @@ def test_jitter_never_reaches_the_experts_input() -> None:
     assert_close(layer(x, tokens_of([10]))[0], dense)
 
 
-@pytest.mark.parametrize("backend", ["loop", "torch"])
 def test_takes_a_substitute_router(backend: str, x: Tensor) -> None:
     layer, tokens = layer_of(backend=backend), tokens_of([10])
     layer.router = oracles.RandomRouting(num_choices=4, top_k=3)
