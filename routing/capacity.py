@@ -1,17 +1,24 @@
 """How many slots a choice has, and who is dropped when there are too few."""
 
 from fractions import Fraction
-from math import ceil
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 
-def slots_per_choice(tokens: int, top_k: int, num_choices: int, factor: float, minimum: int = 1) -> int:
+def as_written(factor: float) -> Fraction:
+    """A factor as a person wrote it: in floats 1.1 * 100 / 10 is more than 11.
+
+    Limited to six places or so, that products with tokens fit 64 bits. Made when a router is built: `torch.compile`
+    traces its use, not its making.
+    """
+    return Fraction(str(factor)).limit_denominator(10**6)
+
+
+def slots_per_choice(tokens: int, top_k: int, num_choices: int, factor: Fraction, minimum: int = 1) -> int:
     """`ceil(factor * K * T / E)`, at least `minimum` (Switch, arXiv 2101.03961, eq. 3). Shapes alone: no sync."""
-    exact = Fraction(str(factor))  # as a person wrote it: in floats 1.1 * 100 / 10 is more than 11
-    return max(minimum, ceil(exact * top_k * tokens / num_choices))
+    return max(minimum, -(-factor.numerator * top_k * tokens // (factor.denominator * num_choices)))
 
 
 def keep_within_capacity(

@@ -8,7 +8,7 @@ bias, the centre and the noise's step are updated from outside, once per optimiz
 import torch
 from torch import Tensor, nn
 
-from routing.capacity import keep_within_capacity, slots_per_choice
+from routing.capacity import as_written, keep_within_capacity, slots_per_choice
 from routing.config import (
     ExpertChoiceConfig,
     HashConfig,
@@ -21,6 +21,7 @@ from routing.logits import INIT_SCALE, RouterLogits
 from routing.selection import best_within_sequences, limit_to_groups, top_k
 from routing.sequences import sequence_means, sequence_of_token
 from routing.stats import summarize
+from routing.sync import readable
 from routing.types import Routing, RoutingStats, Tokens
 
 
@@ -40,6 +41,9 @@ class TokenChoice(nn.Module):
         self.logits = RouterLogits(width, num_choices, config.noise, config.centring)
         bias = torch.zeros(num_choices) if config.selection_bias else None
         self.register_buffer("selection_bias", bias)
+        capacity = config.capacity
+        self.train_factor = as_written(capacity.train) if capacity else None
+        self.evaluation_factor = as_written(capacity.evaluation) if capacity and capacity.evaluation else None
 
     def forward(self, x: Tensor, tokens: Tokens) -> Routing:
         """`[T, D]` of any floating dtype -> Routing with K = `top_k`."""
@@ -77,9 +81,7 @@ class TokenChoice(nn.Module):
     def _keep(self, choices: Tensor, probs: Tensor) -> tuple[Tensor, int]:
         everything = torch.ones_like(choices, dtype=torch.bool)
         capacity = self.config.capacity
-        factor = None
-        if capacity is not None:
-            factor = capacity.train if self.training else capacity.evaluation
+        factor = self.train_factor if self.training else self.evaluation_factor
         if capacity is None or factor is None:
             return everything, choices.numel()
         tokens, num_choices = probs.shape
@@ -98,9 +100,10 @@ class ExpertChoice(nn.Module):
         super().__init__()
         self.config = config
         self.logits = RouterLogits(width, num_choices, config.noise, config.centring)
+        self.factor = as_written(config.factor)
 
     def forward(self, x: Tensor, tokens: Tokens) -> Routing:
-        """`[T, D]` of any floating dtype -> Routing; K is E, or less where that costs no wait for a GPU."""
+        """`[T, D]` of any floating dtype -> Routing; K is E, or less where values may be read for it."""
         logits = self.logits(x, tokens)
         count, num_choices = logits.shape
         with torch.autocast(x.device.type, enabled=False):
@@ -108,16 +111,16 @@ class ExpertChoice(nn.Module):
             bounds = tokens.cu_seqlens
             if self.config.scope == "batch":  # as if it were one sequence
                 bounds = torch.arange(2, dtype=torch.int32, device=x.device) * count
-            taken = best_within_sequences(probs.detach(), bounds, self.config.factor)
+            taken = best_within_sequences(probs.detach(), bounds, self.factor)
             # From who takes a token to what a token takes: its takers by probability, then nobody.
-            widest = num_choices if x.is_cuda else int(taken.sum(1).max()) if count else 0
+            widest = int(taken.sum(1).max()) if readable(x) and count else num_choices
             ranked = top_k(probs.detach().masked_fill(~taken, -1.0), max(1, widest))
             kept = taken.gather(1, ranked)
             weights = probs.gather(1, ranked) * kept
             choices = ranked.masked_fill(~kept, -1)
             # Rounding up gives every sequence at most one token more per choice than its exact share.
             sequences = bounds.shape[0] - 1
-            bound = int(self.config.factor * count) + num_choices * sequences
+            bound = count * self.factor.numerator // self.factor.denominator + num_choices * sequences
             return Routing(logits, probs, choices, weights, kept, min(bound, choices.numel()))
 
 

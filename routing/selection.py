@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from routing.sequences import sequence_of_token
+from routing.sync import readable
 
 # Up to so many rounds of argmax beat one top-k kernel (`python -m benchmarks.router` prints both).
 _ROUNDS = 4
@@ -69,7 +70,7 @@ def _ordered_keys(scores: Tensor) -> Tensor:
     return (ordered.long() << 32) | countdown
 
 
-def best_within_sequences(scores: Tensor, cu_seqlens: Tensor, factor: float) -> Tensor:
+def best_within_sequences(scores: Tensor, cu_seqlens: Tensor, factor: Fraction) -> Tensor:
     """Each choice takes the highest scores among a sequence's n tokens, `ceil(factor * n / E)` of them.
 
     Equal scores go to the earlier token.
@@ -77,18 +78,17 @@ def best_within_sequences(scores: Tensor, cu_seqlens: Tensor, factor: float) -> 
     Args:
         scores: `[T, E]` float32, not negative, detached.
         cu_seqlens: `[B+1]`.
-        factor: choices per token on average.
+        factor: choices per token on average (`routing.capacity.as_written`).
 
     Returns:
         `[T, E]` bool, true where the choice takes the token.
     """
     tokens, num_choices = scores.shape
     lengths = cu_seqlens.diff().long()
-    # Whole numbers only, so that no rounding decides who is taken; limited so that products fit 64 bits.
-    exact = (Fraction(str(factor)) / num_choices).limit_denominator(10**6)
-    slots = (-(-lengths * exact.numerator // exact.denominator)).clamp(min=1)
+    share = factor / num_choices  # whole numbers only, so that no rounding decides who is taken
+    slots = (-(-lengths * share.numerator // share.denominator)).clamp(min=1)
     sequence = sequence_of_token(cu_seqlens, tokens)
-    if not scores.is_cuda and tokens:  # sizes are known without waiting for a GPU
+    if readable(scores) and tokens:
         longest = int(lengths.max())
         if len(lengths) * longest <= 2 * tokens:  # little padding
             return _taken_by_grid(scores, cu_seqlens, sequence, slots, longest)

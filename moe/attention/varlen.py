@@ -1,44 +1,76 @@
 """The varlen core that attention mechanisms share: softmax attention inside each packed sequence.
 
-Shape legend: T tokens, H heads, C channels of a head.
+Shape legend: T tokens, B sequences, H heads, C channels of a head, S tokens of one sequence.
 """
+
+from importlib.util import find_spec
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe.attention.varlen_cpu import cpu_varlen_attention
 from moe.batch import PackedBatch
+
+Kernel = Literal["cpu", "torch", "flash_attn", "loop"]
+
+# What this installation has: asked once, and without waking a GPU.
+_TORCH_FLASH = torch.backends.cuda.is_flash_attention_available()
+_FLASH_ATTN = find_spec("flash_attn") is not None
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
     """Bidirectional `softmax(q k^T / sqrt(C)) v` of each sequence over its own tokens.
-
-    CUDA in half precision uses torch's varlen kernel. Everything else calls scaled-dot-product attention once per
-    sequence, which on a CPU beats padding to the longest one; there in float32 whatever the dtype, because the
-    backward of torch's bfloat16 kernel is slower there for short sequences.
 
     Args:
         q, k, v: `[T, H, C]`, same dtype.
         batch: where the sequences lie.
 
     Returns:
-        `[T, H, C]`.
+        `[T, H, C]`, in the dtype of `q`.
     """
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    kernel = choose_kernel(q.device.type, q.dtype, q.shape[2])
+    cu, longest = batch.cu_seqlens, batch.max_seqlen
+    if kernel == "cpu":
+        return cpu_varlen_attention(q, k, v, cu)
+    if kernel == "torch":
         from torch.nn.attention.varlen import varlen_attn
 
-        cu = batch.cu_seqlens
-        out = varlen_attn(q, k, v, cu, cu, batch.max_seqlen, batch.max_seqlen)
+        out = varlen_attn(q, k, v, cu, cu, longest, longest)
         assert isinstance(out, Tensor)  # a tuple only when extra outputs are asked for
         return out
-    lengths = batch.cu_seqlens.diff().tolist() or [0]  # no sequence: one without tokens keeps the graph whole
-    dtype = q.dtype
+    if kernel == "flash_attn":
+        from flash_attn import flash_attn_varlen_func
+
+        mixed: Tensor = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest)
+        return mixed
+    return _one_by_one(q, k, v, cu)
+
+
+def choose_kernel(device: str, dtype: torch.dtype, channels: int) -> Kernel:
+    """What serves tensors of a device type, a dtype and so many channels of a head.
+
+    `cpu` on CPUs. On CUDA the flash kernels, which take half precision and up to 256 channels: `torch`'s, or where
+    torch has none or channels aren't a multiple of 8, `flash_attn`'s if it is installed. Everything else, float32 on
+    CUDA above all, is a `loop` of scaled-dot-product attention over the sequences, which waits for their lengths.
+    """
+    if device == "cpu":
+        return "cpu"
+    if device == "cuda" and dtype in (torch.bfloat16, torch.float16) and channels <= 256:
+        if _TORCH_FLASH and channels % 8 == 0:
+            return "torch"
+        if _FLASH_ATTN:
+            return "flash_attn"
+    return "loop"
+
+
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    lengths = cu_seqlens.diff().tolist() or [0]  # no sequence: one without tokens keeps the graph whole
     with torch.autocast(q.device.type, enabled=False):
-        if q.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-            q, k, v = q.float(), k.float(), v.float()
         # split and cat, not slices: their backward writes every gradient once instead of adding padded copies.
         parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-        return torch.cat([_one_sequence(*part) for part in parts]).to(dtype)
+        return torch.cat([_one_sequence(*part) for part in parts])
 
 
 def _one_sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

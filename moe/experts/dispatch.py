@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe.experts.cpu.build import load_kernels, why_unavailable
+from routing.sync import readable
 from routing.types import Routing
 
 
@@ -24,7 +25,8 @@ class DispatchPlan(NamedTuple):
 
 def plan_rows(routing: Routing) -> DispatchPlan:
     """The rows that experts will work on: a stable sort of the kept assignments by expert."""
-    if routing.choices.device.type == "cpu" and not torch.compiler.is_compiling() and why_unavailable() is None:
+    on_cpu = routing.choices.device.type == "cpu"
+    if on_cpu and readable(routing.choices) and why_unavailable() is None:
         return _plan_by_counting(routing)
     return _plan_by_sorting(routing)
 

@@ -5,6 +5,7 @@ Shape legend: R rows sorted by group, E groups, I inputs, O outputs.
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,23 +35,52 @@ def loop_grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 def torch_grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """`loop_grouped_linear` by torch's grouped matrix product. Rows past `ends[-1]` give undefined values."""
-    if rows.shape[0] == 0:
-        return rows @ weight[0]  # the kernel takes no empty input; this keeps the graph whole
-    if rows.requires_grad:
-        rows = rows.view_as(rows)  # the hook is this product's own, not the caller's tensor's
-        rows.register_hook(lambda grad: _zero_tail(grad, ends))
-    out = F.grouped_mm(rows, weight, offs=ends)
-    if out.requires_grad:
-        # The kernel's backward refuses expanded gradients, such as those of y.sum().
-        out.register_hook(lambda grad: grad.contiguous())
+    out: Tensor = _grouped_mm(rows, weight, ends)
     return out
 
 
+# An operator of our own around torch's, whose shape function refuses float32: `torch.compile` sees one node.
+@torch.library.custom_op("moe::grouped_mm", mutates_args=())
+def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    if rows.shape[0] == 0:  # the kernel takes no empty input
+        return _product(rows, weight, ends)
+    return F.grouped_mm(rows, weight, offs=ends)
+
+
+@torch.library.custom_op("moe::grouped_mm_backward", mutates_args=())
+def _grouped_mm_backward(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    if rows.shape[0] == 0:
+        return torch.zeros_like(rows), torch.zeros_like(weight)
+    grad = grad.contiguous()  # the kernel refuses expanded gradients, such as those of y.sum()
+    grad_rows = F.grouped_mm(grad, weight.transpose(1, 2), offs=ends)
+    return _zero_tail(grad_rows, ends), F.grouped_mm(rows.t(), grad, offs=ends)
+
+
+@_grouped_mm.register_fake
+def _product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[2])
+
+
+@_grouped_mm_backward.register_fake
+def _gradients(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    return (*_grouped_mm_backward(grad, *ctx.saved_tensors), None)
+
+
+_grouped_mm.register_autograd(_differentiate, setup_context=_save)
+
+
 def _zero_tail(grad: Tensor, ends: Tensor) -> Tensor:
-    """The kernel's backward leaves the gradient of rows past `ends[-1]` unwritten."""
+    """The kernel leaves the gradient of rows past `ends[-1]` unwritten."""
     if grad.is_cuda:  # without waiting for the value of ends[-1]
         tail = torch.arange(grad.shape[0], device=grad.device) >= ends[-1]
-        return grad.masked_fill(tail[:, None], 0)
-    if int(ends[-1]) == grad.shape[0]:
-        return grad
-    return torch.cat([grad[: int(ends[-1])], torch.zeros_like(grad[int(ends[-1]) :])])
+        return grad.masked_fill_(tail[:, None], 0)
+    grad[int(ends[-1]) :] = 0
+    return grad

@@ -102,11 +102,11 @@ def auto_mixture(
 ) -> Tensor:
     """The backend that was measured to be fastest on such a device, for that dtype and number of rows per expert.
 
-    While torch compiles it is one that torch sees through.
+    While torch compiles it is `torch`.
     """
-    best = fastest(x, weights.numel(), up.shape[0])
+    best = "torch" if torch.compiler.is_compiling() else fastest(x, weights.numel(), up.shape[0])
     mixture: Mixture = torch_mixture
-    if best == "cpu" and serves(x, up) and not torch.compiler.is_compiling():
+    if best == "cpu" and serves(x, up):
         mixture = cpu_mixture
     elif best == "triton" and triton_available(x.device) is None:
         mixture = triton_mixture

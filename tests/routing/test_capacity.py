@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from routing import build_router
-from routing.capacity import keep_within_capacity, slots_per_choice
+from routing.capacity import as_written, keep_within_capacity, slots_per_choice
 from tests import oracles
 from tests.routing.routers import config_of, tokens_of
 
@@ -35,13 +35,13 @@ ORDERS: list[Literal["probability", "position"]] = ["probability", "position"]
     ],
 )
 def test_slots_are_the_rounded_up_share(tokens: int, top_k: int, num_choices: int, factor: float, slots: int) -> None:
-    assert slots_per_choice(tokens, top_k, num_choices, factor) == slots
+    assert slots_per_choice(tokens, top_k, num_choices, as_written(factor)) == slots
 
 
 def test_a_minimum_of_slots() -> None:
-    assert slots_per_choice(8, 1, 4, 1.0, minimum=5) == 5
-    assert slots_per_choice(80, 1, 4, 1.0, minimum=5) == 20
-    assert slots_per_choice(0, 1, 4, 1.0, minimum=5) == 5
+    assert slots_per_choice(8, 1, 4, as_written(1.0), minimum=5) == 5
+    assert slots_per_choice(80, 1, 4, as_written(1.0), minimum=5) == 20
+    assert slots_per_choice(0, 1, 4, as_written(1.0), minimum=5) == 5
 
 
 # Three tokens want 0 and then 1, the third of them most of all; the fourth wants 1 and then 0.
@@ -108,7 +108,8 @@ def test_deepspeed_top1_keeps_as_many_of_each_choice() -> None:
     choices = logits.argmax(-1, keepdim=True)
     for factor in (0.5, 1.0, 1.25, 4.0):
         _, _, dispatched, _ = top1gating(logits, factor, min_capacity=1, use_rts=False)
-        ours = keep_within_capacity(choices, logits.softmax(-1), slots_per_choice(64, 1, 4, factor), "position")
+        slots = slots_per_choice(64, 1, 4, as_written(factor))
+        ours = keep_within_capacity(choices, logits.softmax(-1), slots, "position")
         assert torch.equal(dispatched.any(-1).sum(0), choices[ours].bincount(minlength=4))
 
 
@@ -117,7 +118,8 @@ def test_deepspeed_top2_keeps_the_same_assignments_by_position() -> None:
     choices = logits.topk(2).indices
     for factor in (0.5, 1.0, 1.25):
         _, _, dispatched, _ = top2gating(logits, factor, min_capacity=1, top2_2nd_expert_sampling=False)
-        ours = keep_within_capacity(choices, logits.softmax(-1), slots_per_choice(64, 2, 4, factor), "position")
+        slots = slots_per_choice(64, 2, 4, as_written(factor))
+        ours = keep_within_capacity(choices, logits.softmax(-1), slots, "position")
         assert not ours.all()
         assert torch.equal(ours, kept_of(dispatched, choices))
 
@@ -127,7 +129,7 @@ def test_deepspeed_topk_keeps_the_same_assignments_by_probability(top_k: int) ->
     logits = torch.randn(64, 4) + torch.tensor([2.0, 1.0, 0, 0])
     choices = logits.topk(top_k).indices
     _, _, dispatched, _ = topkgating(logits, top_k, 1.0, min_capacity=1, drop_policy="probs")
-    slots = slots_per_choice(64, top_k, 4, 1.0)
+    slots = slots_per_choice(64, top_k, 4, as_written(1.0))
     ours = keep_within_capacity(choices, logits.softmax(-1), slots, "probability")
     assert not ours.all()
     assert torch.equal(ours, kept_of(dispatched, choices))

@@ -37,7 +37,7 @@ from routing import (
     totals_of,
     updated_buffers,
 )
-from routing.capacity import slots_per_choice
+from routing.capacity import as_written, slots_per_choice
 from routing.losses import LOSSES
 from tests import oracles
 from tests.routing.routers import (
@@ -416,7 +416,7 @@ def assert_conserved(router: Router, routing: Routing, tokens: Tokens) -> None:
             assert_close(weights, gates * kept)  # the kept ones aren't scaled up for the dropped
             factor = config.capacity and (config.capacity.train if router.training else config.capacity.evaluation)
             if factor:
-                slots = slots_per_choice(len(own), config.top_k, CHOICES, factor, config.capacity.minimum)
+                slots = slots_per_choice(len(own), config.top_k, CHOICES, as_written(factor), config.capacity.minimum)
                 assert torch.equal(served, wanted.clamp(max=slots))  # not one more, nor one fewer while one waits
             assert (routing.choices >= 0).all()
         case ExpertChoiceConfig():

@@ -1,6 +1,7 @@
 """Who is chosen, against Python's stable sort."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from routing.capacity import as_written
 from routing.selection import (
     _ROUNDS,
     _taken_by_grid,
@@ -116,7 +118,7 @@ def test_megatron_counts_as_many_of_a_group_as_it_may_give_and_deepseek_always_t
 
 def test_best_within_sequences_literal() -> None:
     scores = torch.tensor([[3.0, 1.0], [1.0, 1.0], [2.0, 1.0], [0.0, 0.0], [-0.0, 0.0]])
-    taken = best_within_sequences(scores, torch.tensor([0, 3, 3, 5], dtype=torch.int32), factor=1)
+    taken = best_within_sequences(scores, torch.tensor([0, 3, 3, 5], dtype=torch.int32), factor=Fraction(1))
     # Half of three, rounded up, is two; of two, one. Ties to the earlier token.
     assert taken[:, 0].tolist() == [True, False, True, True, False]
     assert taken[:, 1].tolist() == [True, True, False, True, False]
@@ -136,7 +138,7 @@ def test_best_within_sequences_matches_the_loop(
     scores = torch.randint(0, 3, shape, generator=generator) / 2 if ties else torch.rand(shape, generator=generator)
     factor = round(share * num_choices, 2) or 0.01
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    taken = best_within_sequences(scores, bounds, factor)
+    taken = best_within_sequences(scores, bounds, as_written(factor))
     assert torch.equal(taken, oracles.best_within_sequences(scores, lengths, str(factor)))
 
 
@@ -154,7 +156,7 @@ def test_best_within_sequences_matches_the_loop(
 )
 def test_slots_are_rounded_up_exactly(tokens: int, num_choices: int, factor: float, slots: int) -> None:
     scores, bounds = torch.rand(tokens, num_choices), torch.tensor([0, tokens], dtype=torch.int32)
-    assert best_within_sequences(scores, bounds, factor).sum(0).tolist() == [slots] * num_choices
+    assert best_within_sequences(scores, bounds, as_written(factor)).sum(0).tolist() == [slots] * num_choices
 
 
 @pytest.mark.gpu
@@ -163,14 +165,14 @@ def test_cuda_breaks_ties_as_the_cpu() -> None:
     for k in (1, 2, 4, 5, 64):
         assert torch.equal(top_k(scores.cuda(), k).cpu(), top_k(scores, k))
     probs, bounds = torch.randint(0, 5, (500, 16)) / 4, torch.tensor([0, 7, 7, 300, 500], dtype=torch.int32)
-    cuda: Tensor = best_within_sequences(probs.cuda(), bounds.cuda(), 1.5)
-    assert torch.equal(cuda.cpu(), best_within_sequences(probs, bounds, 1.5))
+    cuda: Tensor = best_within_sequences(probs.cuda(), bounds.cuda(), as_written(1.5))
+    assert torch.equal(cuda.cpu(), best_within_sequences(probs, bounds, as_written(1.5)))
     assert torch.equal(limit_to_groups(probs.cuda(), 4, 2).cpu(), limit_to_groups(probs, 4, 2))
 
 
 def test_a_choices_share_is_right_for_factors_that_no_decimal_ends() -> None:
     scores = torch.rand(4096, 8)
-    taken = best_within_sequences(scores, torch.tensor([0, 4096], dtype=torch.int32), 4 / 3)
+    taken = best_within_sequences(scores, torch.tensor([0, 4096], dtype=torch.int32), as_written(4 / 3))
     assert taken.sum(0).tolist() == [683] * 8  # ceil(4/3 * 4096 / 8) = ceil(682.67)
 
 
