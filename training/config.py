@@ -74,7 +74,11 @@ class TrainConfig(Config):
 
 
 class ParallelConfig(Config):
+    """How a model is spread over ranks; changes nothing of what is computed."""
+
     zero_stage: Literal[0, 1, 2, 3] = 0
+    # Ranks among which every layer's experts are spread (training/expert_parallel.py); 1: each holds all.
+    expert: int = Field(default=1, ge=1)
 
 
 class CheckpointConfig(Config):
