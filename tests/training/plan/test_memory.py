@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from moe.config import ExpertsConfig
+from moe.experts.cpu.build import why_unavailable
 from tests.training.conftest import ROOT
 from tests.training.plan.runs import Changes, experts, small_run
 from training.plan.plan import make_plan
@@ -72,5 +74,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_planned_memory_is_within_a_tenth_of_the_measured_peak(name: str, measured: dict[str, int]) -> None:
-    planned = make_plan(small_run(**RUNS[name]), 1, GPUS["cpu"], 0.4).memory.total
+    run = small_run(**RUNS[name])
+    ff = run.model.block.feed_forward
+    if isinstance(ff, ExpertsConfig) and ff.backend == "auto" and (reason := why_unavailable()):
+        pytest.skip(f"planned for the compiled kernels: {reason}")
+    planned = make_plan(run, 1, GPUS["cpu"], 0.4).memory.total
     assert planned == pytest.approx(measured[name], rel=0.1)
