@@ -3,7 +3,6 @@
 Shape legend in `routing/types.py`; F hidden width, P columns of `up`: F, or 2F when gated (gate first).
 """
 
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -78,10 +77,9 @@ def choose_mixture(backend: Backend, width: int, hidden: int) -> Mixture:
         )
     if backend == "cpu" and (reason := why_unavailable()):
         raise UserError(f"backend: cpu isn't available: {reason}; install g++, or set backend: auto")
-    if backend == "triton" and find_spec("triton") is None:
-        raise UserError(
-            "backend: triton needs the package triton, which isn't installed; install it, or set backend: auto"
-        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if backend == "triton" and (reason := triton_available(device)):
+        raise UserError(f"backend: triton isn't available: {reason}; set backend: auto")
     by_name: dict[Backend, Mixture] = {
         "loop": loop_mixture,
         "torch": torch_mixture,

@@ -14,6 +14,7 @@ from moe.experts.cpu.build import why_unavailable
 from moe.experts.cpu.mixture import cpu_mixture
 from moe.experts.dispatch import _plan_by_sorting
 from moe.experts.mixture import Mixture, auto_mixture, choose_mixture, loop_mixture, torch_mixture
+from moe.experts.triton_mixture import triton_mixture
 from moe.feed_forward import activate
 from routing import Routing
 from routing.errors import UserError
@@ -366,6 +367,22 @@ def test_cpu_refuses_to_be_chosen_where_it_is_not_available(monkeypatch: pytest.
     monkeypatch.setattr("moe.experts.mixture.why_unavailable", lambda: "no compiler today")
     with pytest.raises(UserError, match="no compiler today; install g"):
         choose_mixture("cpu", 8, 16)
+
+
+def test_triton_refuses_to_be_chosen_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe.experts.triton_mixture.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="triton isn't available: triton is not installed; set backend: auto"):
+        choose_mixture("triton", 8, 16)
+    monkeypatch.setattr("moe.experts.triton_mixture.find_spec", lambda name: "somewhere")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match="triton isn't available: it needs a CUDA device, not cpu; set backend: auto"):
+        choose_mixture("triton", 8, 16)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_mixture("triton", 8, 16) is triton_mixture
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert choose_mixture("triton", 8, 16) is triton_mixture
 
 
 @pytest.mark.parametrize("table", ["cpu", "torch"])
