@@ -3,6 +3,7 @@
 Shape legend in `routing/types.py`; F hidden width, P columns of `up`: F, or 2F when gated (gate first).
 """
 
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -39,22 +40,25 @@ class Mixture(Protocol):
         ...
 
 
-def composed(grouped_linear: GroupedLinear) -> Mixture:
+def _composed(
+    grouped_linear: GroupedLinear,
+    x: Tensor,
+    weights: Tensor,
+    plan: DispatchPlan,
+    up: Tensor,
+    down: Tensor,
+    activation: Activation,
+) -> Tensor:
     """Step by step: gather, two grouped products, weighted sum."""
-
-    def mixture(
-        x: Tensor, weights: Tensor, plan: DispatchPlan, up: Tensor, down: Tensor, activation: Activation
-    ) -> Tensor:
-        up, down = up.to(x.dtype), down.to(x.dtype)
-        rows = x.index_select(0, plan.assignments // plan.row_of.shape[1])
-        hidden = activate(grouped_linear(rows, up, plan.ends), activation)
-        return combine_rows(grouped_linear(hidden, down, plan.ends), weights, plan)
-
-    return mixture
+    up, down = up.to(x.dtype), down.to(x.dtype)
+    rows = x.index_select(0, plan.assignments // plan.row_of.shape[1])
+    hidden = activate(grouped_linear(rows, up, plan.ends), activation)
+    return combine_rows(grouped_linear(hidden, down, plan.ends), weights, plan)
 
 
-loop_mixture = composed(loop_grouped_linear)
-torch_mixture = composed(torch_grouped_linear)
+# Not closures: a module that holds one can be pickled.
+loop_mixture: Mixture = partial(_composed, loop_grouped_linear)
+torch_mixture: Mixture = partial(_composed, torch_grouped_linear)
 
 
 def choose_mixture(backend: Backend, width: int, hidden: int) -> Mixture:
@@ -76,7 +80,7 @@ def choose_mixture(backend: Backend, width: int, hidden: int) -> Mixture:
             f"{hidden}; choose such widths, or backend: auto"
         )
     if backend == "cpu" and (reason := why_unavailable()):
-        raise UserError(f"backend: cpu isn't available: {reason}; install g++, or set backend: auto")
+        raise UserError(f"backend: cpu isn't available: {reason}; or set backend: auto")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if backend == "triton" and (reason := triton_available(device)):
         raise UserError(f"backend: triton isn't available: {reason}; set backend: auto")

@@ -364,9 +364,15 @@ def test_torch_refuses_widths_it_cannot_serve(width: int, hidden: int) -> None:
 
 
 def test_cpu_refuses_to_be_chosen_where_it_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe.experts.mixture.why_unavailable", lambda: "no compiler today")
-    with pytest.raises(UserError, match="no compiler today; install g"):
+    monkeypatch.setattr("moe.experts.mixture.why_unavailable", lambda: "no compiler today; come tomorrow")
+    with pytest.raises(UserError, match=r"cpu isn't available: no compiler today; come tomorrow; or set backend: auto$"):
         choose_mixture("cpu", 8, 16)
+
+
+def test_torch_refuses_float64() -> None:
+    case = case_of(counted(3, 2), width=8, hidden=16)
+    with pytest.raises(UserError, match="backend: torch has no float64; set backend: loop or backend: auto"):
+        apply(torch_mixture, case, leaves(case, torch.float64))
 
 
 def test_triton_refuses_to_be_chosen_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
