@@ -3,7 +3,8 @@
 Shape legend in `routing/types.py`; F hidden width, P columns of `up`: F, or 2F when gated (gate first).
 """
 
-from functools import partial
+import warnings
+from functools import cache, partial
 from typing import Protocol
 
 import torch
@@ -98,7 +99,7 @@ def auto_mixture(
 ) -> Tensor:
     """The backend that was measured to be fastest on such a device, for that dtype and number of rows per expert.
 
-    While torch compiles it is `torch`.
+    While torch compiles it is `torch`. Where it would be `cpu` and the kernels are missing, a warning says so, once.
     """
     best = "torch" if torch.compiler.is_compiling() else fastest(x, weights.numel(), up.shape[0])
     mixture: Mixture = torch_mixture
@@ -108,4 +109,11 @@ def auto_mixture(
         mixture = triton_mixture
     elif x.dtype == torch.float64 or x.shape[1] % 8 or down.shape[1] % 8:  # what torch's kernel doesn't take
         mixture = loop_mixture
+    if best == "cpu" and mixture is not cpu_mixture and (reason := why_unavailable()):
+        _warn_once(f"experts are slower than they could be, as backend: cpu isn't available: {reason}")
     return mixture(x, weights, plan, up, down, activation)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)

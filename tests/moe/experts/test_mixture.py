@@ -1,5 +1,6 @@
 """Every backend against a loop over tokens: outputs, and gradients of x, gates, up and down."""
 
+import warnings
 from typing import get_args
 
 import pytest
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from moe.config import Activation
+from moe.experts import mixture as mixture_module
 from moe.experts.cpu.build import why_unavailable
 from moe.experts.cpu.mixture import cpu_mixture
 from moe.experts.dispatch import _plan_by_sorting
@@ -365,7 +367,9 @@ def test_torch_refuses_widths_it_cannot_serve(width: int, hidden: int) -> None:
 
 def test_cpu_refuses_to_be_chosen_where_it_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe.experts.mixture.why_unavailable", lambda: "no compiler today; come tomorrow")
-    with pytest.raises(UserError, match=r"cpu isn't available: no compiler today; come tomorrow; or set backend: auto$"):
+    with pytest.raises(
+        UserError, match=r"cpu isn't available: no compiler today; come tomorrow; or set backend: auto$"
+    ):
         choose_mixture("cpu", 8, 16)
 
 
@@ -423,6 +427,26 @@ def test_auto_is_the_fastest_that_serves(monkeypatch: pytest.MonkeyPatch) -> Non
     table = "torch"
     assert chosen(small, torch.float32) == chosen(small, torch.bfloat16) == "torch"
     assert chosen(odd, torch.float32) == chosen(small, torch.float64) == "loop"
+
+
+def test_auto_warns_once_where_the_fastest_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_of(counted(3, 2), width=8, hidden=16)
+    inputs = leaves(case, torch.float32)
+    mixture_module._warn_once.cache_clear()
+    for name in ("mixture", "cpu.mixture"):
+        monkeypatch.setattr(f"moe.experts.{name}.why_unavailable", lambda: "no compiler today; come tomorrow")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        monkeypatch.setattr("moe.experts.mixture.fastest", lambda *_: "torch")
+        apply(auto_mixture, case, inputs)
+        assert not caught
+        monkeypatch.setattr("moe.experts.mixture.fastest", lambda *_: "cpu")
+        for _ in range(3):
+            apply(auto_mixture, case, inputs)
+    assert [str(warning.message) for warning in caught] == [
+        "experts are slower than they could be, as backend: cpu isn't available: no compiler today; come tomorrow"
+    ]
+    mixture_module._warn_once.cache_clear()
 
 
 @pytest.mark.gpu
