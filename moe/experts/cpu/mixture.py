@@ -57,6 +57,8 @@ def cpu_mixture(
 
     Saves `x` and the pre-activations; activations are computed anew. Where an expert has few rows its weights are
     streamed from memory once, otherwise packed; gradients of float32 weights are float32 under autocast too.
+
+    Besides, each thread keeps memory for the backward of the largest expert that it had to itself, `[rows, P + F]`.
     """
     if not serves(x, up):
         raise ValueError(
@@ -98,15 +100,10 @@ class _CpuMixture(torch.autograd.Function):
         bounds, activation = ctx.bounds, ctx.activation  # type: ignore[attr-defined]
         wants_x, wants_weights, wants_up, wants_down, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
         rows, tokens, threads = pre.shape[0], x.shape[0], torch.get_num_threads()
-        dpre, wh, dweight = torch.empty_like(pre), x.new_empty(rows, down.shape[1]), weights.new_empty(rows)
         dx_rows, dx = (x.new_empty(rows, x.shape[1]), torch.empty_like(x)) if wants_x else (None, None)
-        dweights = torch.empty_like(weights)
+        dweight, dweights = weights.new_empty(rows), torch.empty_like(weights)
         dup = torch.empty_like(up) if wants_up else None
         ddown = torch.empty_like(down) if wants_down else None
-        grads = {"dpre": dpre, "wh": wh, "dweight": dweight, "dx_rows": dx_rows, "dx": dx, "dweights": dweights}
-        plan = DispatchPlan(*planned)
-        dy = dy.contiguous()
-        job = _job(x, weights, up, down, plan, activation, pre=pre, dy=dy, dup=dup, ddown=ddown, **grads)
         first: list[Task] = []
         second: list[Task] = []
         for expert, (start, end) in enumerate(pairwise(bounds)):
@@ -115,7 +112,12 @@ class _CpuMixture(torch.autograd.Function):
             else:  # too much for one thread: its rows first, then its weights, both in parts
                 first += [(_BACKWARD_ROWS, *piece, 0, 1) for piece in _pieces([start, end], expert)]
                 second += [(_BACKWARD_WEIGHTS, expert, start, end, part, threads * 2) for part in range(threads * 2)]
+        # Threads hold them for the experts that they have to themselves.
+        dpre, wh = (torch.empty_like(pre), x.new_empty(rows, down.shape[1])) if second else (None, None)
         second += _blocks(_SPREAD, tokens)
+        grads = {"dpre": dpre, "wh": wh, "dweight": dweight, "dx_rows": dx_rows, "dx": dx, "dweights": dweights}
+        grads |= {"dy": dy.contiguous(), "dup": dup, "ddown": ddown}
+        job = _job(x, weights, up, down, DispatchPlan(*planned), activation, pre=pre, **grads)
         _run(job, [first, second], 2 * rows * up.shape[1] * (up.shape[2] + down.shape[1]))
         return dx, dweights if wants_weights else None, dup, ddown, None, None
 

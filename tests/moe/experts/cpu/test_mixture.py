@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.memory import peak_bytes
 from moe.config import Activation
 from moe.experts.cpu import mixture as cpu
 from moe.experts.cpu.mixture import cpu_mixture, serves
@@ -186,6 +187,23 @@ def test_what_it_cannot_serve_is_refused_with_what_can_be_done() -> None:
     for x, weights in DTYPES:
         inputs = leaves(case, x, weights)
         assert serves(inputs["x"], inputs["up"])
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_thread_holds_gradients_of_hidden_rows_of_one_expert_at_a_time() -> None:
+    torch.set_num_threads(1)
+    case = case_of(counted(*[16] * 32), width=16, hidden=256)
+    inputs = leaves(case, torch.float32)
+
+    def step() -> None:
+        apply(cpu_mixture, case, inputs).sum().backward()
+
+    step()
+    for leaf in inputs.values():
+        leaf.grad = None
+    hidden_rows = 512 * 256 * 4
+    peak = peak_bytes(step, lambda: [leaf.grad for leaf in inputs.values() if leaf.grad is not None])
+    assert hidden_rows < peak < 1.5 * hidden_rows  # the pre-activations alone, and rows of the model's width
 
 
 # ---------------------------------------------------------------- activations
