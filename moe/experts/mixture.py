@@ -103,7 +103,7 @@ def auto_mixture(
     """
     best = "torch" if torch.compiler.is_compiling() else fastest(x, weights.numel(), up.shape[0])
     mixture: Mixture = torch_mixture
-    if best == "cpu" and serves(x, up):
+    if best == "cpu" and serves(x, up, down):
         mixture = cpu_mixture
     elif best == "triton" and triton_available(x.device) is None:
         mixture = triton_mixture
