@@ -1,10 +1,11 @@
 """Which of our backends is fastest where: the table that `backend: auto` looks up (`moe/experts/fastest.json`).
 
-A layer of 32 experts (d 512, ff 1024, K 2), forward and backward, by rows per expert. `--write` puts the winners for
-this machine into the table and leaves other machines' alone.
+Training steps (forward and backward) of one layer of 32 experts (d 512, ff 1024, K 2), by rows per expert. `--write`
+puts this machine's winners into the table, and what was measured beside them, and leaves other machines' alone.
 """
 
 import json
+from datetime import date
 from itertools import groupby
 from pathlib import Path
 
@@ -44,12 +45,18 @@ def measure(dtype: str, rounds: int) -> list[Row]:
     return rows
 
 
-def write(rows: list[Row], table: Path) -> None:
-    """Each machine's and dtype's winners, from how many rows per expert on each wins."""
+def write(rows: list[Row], threads: int, table: Path) -> None:
+    """This machine's winners for each dtype, from how many rows per expert on each wins; and the rows themselves."""
     whole = json.loads(table.read_text(encoding="utf-8"))
-    for (where, short), measured in groupby(rows, key=lambda row: (row["machine"], row["dtype"])):
+    short_rows = [
+        {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items() if key != "machine"}
+        for row in rows
+    ]
+    measured = {"date": date.today().isoformat(), "torch": torch.__version__, "threads": threads, "rows": short_rows}
+    whole.setdefault("measured", {})[rows[0]["machine"]] = measured
+    for (where, short), group in groupby(rows, key=lambda row: (row["machine"], row["dtype"])):
         steps: dict[str, str] = {}
-        for row in measured:
+        for row in group:
             if row["fastest"] not in [*steps.values()][-1:]:
                 steps[str(row["rows per expert"]) if steps else "0"] = row["fastest"]
         whole["fastest"].setdefault(where, {})[str(DTYPES[short]).removeprefix("torch.")] = steps
@@ -65,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     show(f"Backends, {options.threads} thread(s)", rows, None)
     save(rows, options.json)
     if options.write:
-        write(rows, TABLE)
+        write(rows, options.threads, TABLE)
 
 
 if __name__ == "__main__":

@@ -92,28 +92,40 @@ class Ours(Layer):
 
 
 def layers(case: LayerCase, dtype: torch.dtype, device: torch.device, wanted: list[str]) -> dict[str, Layer]:
-    """Everyone who can take part and whose name begins with one of `wanted` (empty: all); the bound always.
+    """Everyone who can take part and whose name begins with one of `wanted` (empty: all); the bound always."""
+    weights = ExpertWeights(case, "gelu", dtype, device)
+    swiglu = ExpertWeights(case.for_gated(), "swiglu", dtype, device)
+    built = stacks([(weights, swiglu)], lambda name: name == LIMIT or is_wanted(name, wanted))
+    return {name: stack[0] for name, stack in built.items()}
+
+
+def stacks(
+    weights: list[tuple[ExpertWeights, ExpertWeights]], takes_part: Callable[[str], bool]
+) -> dict[str, list[Layer]]:
+    """Of everyone who takes part and can, a layer for each of the weights (plain, gated).
 
     Prints who can't, and why.
     """
-    weights = ExpertWeights(case, "gelu", dtype, device)
-    swiglu = ExpertWeights(case.for_gated(), "swiglu", dtype, device)
+    every = [_makers(*pair) for pair in weights]
+    built: dict[str, list[Layer]] = {}
+    for name in filter(takes_part, every[0]):
+        try:
+            built[name] = [_tried(makers[name](), pair[0]) for makers, pair in zip(every, weights, strict=True)]
+        except Exception as error:
+            if name.startswith("ours") and not isinstance(error, UserError | ImportError):
+                raise
+            leave_out(weights[0][0].case.name, name, error)
+    return built
+
+
+def _makers(weights: ExpertWeights, swiglu: ExpertWeights) -> dict[str, Callable[[], Layer]]:
     makers: dict[str, Callable[[], Layer]] = {LIMIT: lambda: Limit(weights)}
     makers |= {f"ours {backend}": partial(Ours, weights, backend) for backend in BACKENDS}
     makers["ours auto, own router"] = lambda: Ours(weights, "auto", own_router=True)
     makers["ours auto, swiglu"] = lambda: Ours(swiglu, "auto")  # beside Qwen3's
-    for name, peer in (PEERS | GPU_PEERS if device.type == "cuda" else PEERS).items():
+    for name, peer in (PEERS | GPU_PEERS if weights.up.is_cuda else PEERS).items():
         makers[name] = partial(peer, swiglu if name.startswith("Qwen3") else weights)
-    built: dict[str, Layer] = {}
-    for name, make in makers.items():
-        if name == LIMIT or is_wanted(name, wanted):
-            try:
-                built[name] = _tried(make(), dtype, device)
-            except Exception as error:
-                if name.startswith("ours") and not isinstance(error, UserError | ImportError):
-                    raise
-                leave_out(case.name, name, error)
-    return built
+    return makers
 
 
 def is_wanted(name: str, wanted: list[str]) -> bool:
@@ -121,8 +133,9 @@ def is_wanted(name: str, wanted: list[str]) -> bool:
     return not wanted or any(name.startswith(start) for start in wanted)
 
 
-def _tried(layer: Layer, dtype: torch.dtype, device: torch.device) -> Layer:
+def _tried(layer: Layer, weights: ExpertWeights) -> Layer:
     """The layer, after a call that shows whether it works here."""
+    dtype, device = weights.up.dtype, weights.up.device
     layer.follow(given(balanced(64, layer.case), layer.case.experts, device))
     with torch.no_grad():
         layer(layer.rows(torch.randn(64, layer.case.width, dtype=dtype, device=device)))

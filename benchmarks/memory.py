@@ -5,10 +5,16 @@ torch's profiler records every allocation and release of the allocator (what a l
 see), and the gradients are told by their addresses; on a GPU it is the allocator's own peak less the gradients' bytes.
 `ratio_to_limit` is the limit's bytes over the contender's. Growth with T shows what holds a `[T, E, C]` mask: twice the
 tokens, four times the memory.
+
+All of it is some ten minutes' work for one free CPU core, more where other processes want it; `--cases`, `--dtypes`,
+`--tokens` and `--contenders` choose a part. Each table comes when it is ready.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reads it with torch; else lines about every call
 
 import torch
 from torch import Tensor
@@ -60,11 +66,11 @@ def forget(leaves: list[Tensor], inputs: Tensor) -> None:
         leaf.grad = None
 
 
-def measure(case: LayerCase, dtype: str, token_counts: list[int], wanted: list[str]) -> list[Row]:
+def measure(case: LayerCase, dtype: str, token_counts: list[int], wanted: list[str]) -> Iterator[list[Row]]:
+    """The rows of one number of tokens after the other."""
     torch.manual_seed(0)
     device = device_in_use()
     built = layers(case, DTYPES[dtype], device, wanted)
-    rows: list[Row] = []
     for tokens in token_counts:
         routing = given(balanced(tokens, case), case.experts, device)
         x = torch.randn(tokens, case.width, dtype=DTYPES[dtype], device=device)
@@ -85,18 +91,17 @@ def measure(case: LayerCase, dtype: str, token_counts: list[int], wanted: list[s
             forget(leaves, inputs)
             found[name] = peak_bytes(step, lambda leaves=leaves: [p.grad for p in leaves if p.grad is not None])
             forget(leaves, inputs)
-        for name, peak in found.items():
-            rows.append(
-                {
-                    "case": f"{case.name} T{tokens}",
-                    "dtype": dtype,
-                    "mode": "forward+backward",
-                    "contender": name,
-                    "mib": peak / 2**20,
-                    "ratio_to_limit": found[LIMIT] / peak,
-                }
-            )
-    return rows
+        yield [
+            {
+                "case": f"{case.name} T{tokens}",
+                "dtype": dtype,
+                "mode": "forward+backward",
+                "contender": name,
+                "mib": peak / 2**20,
+                "ratio_to_limit": found[LIMIT] / peak,
+            }
+            for name, peak in found.items()
+        ]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -108,9 +113,9 @@ def main(argv: list[str] | None = None) -> None:
     rows: list[Row] = []
     for name in options.cases:
         for dtype in options.dtypes:
-            found = measure(CASES[name], dtype, options.tokens, options.contenders)
-            show(f"Peak memory, {name} {dtype}, {device_in_use().type}", found, None)
-            rows += found
+            for found in measure(CASES[name], dtype, options.tokens, options.contenders):
+                show(f"Peak memory, {found[0]['case']} {dtype}, {device_in_use().type}", found, None)
+                rows += found
     save(rows, options.json)
 
 

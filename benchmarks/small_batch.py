@@ -21,11 +21,12 @@ from torch.nn import functional as F
 
 from benchmarks.cases import DTYPES, ExpertWeights, Given, LayerCase, add_options, given, in_turn
 from benchmarks.common import Row, arguments, device_in_use, interleaved_seconds, save, show
-from benchmarks.contenders import BACKENDS, LIMIT, Ours, is_wanted, leave_out
-from benchmarks.peers import Layer, Qwen3
-from routing.errors import UserError
+from benchmarks.contenders import LIMIT, is_wanted, stacks
+from benchmarks.peers import Layer
 
-CASES = {case.name: case for case in (LayerCase(512, 1024, 32, 2), LayerCase(256, 512, 64, 2))}
+CASES = {
+    case.name: case for case in (LayerCase(512, 1024, 32, 2), LayerCase(256, 512, 64, 2), LayerCase(256, 512, 1024, 2))
+}
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 COLD = 4  # times the last-level cache
 
@@ -86,21 +87,10 @@ def floors(deck: Deck, calls: list[tuple[int, Given]], x: Tensor) -> dict[str, C
 
 
 def contenders(deck: Deck, wanted: list[str]) -> dict[str, list[Layer]]:
-    """A layer for each of the deck's weights, by name."""
-    makers: dict[str, Callable[[int], Layer]] = {}
-    for backend in BACKENDS:
-        makers[f"ours {backend}"] = lambda n, backend=backend: Ours(deck.weights[n], backend)
-    makers["ours auto, own router"] = lambda n: Ours(deck.weights[n], "auto", own_router=True)
-    for implementation in ("eager", "grouped_mm"):
-        makers[f"Qwen3 {implementation}"] = lambda n, name=implementation: Qwen3(deck.swiglu[n], name)
-    built: dict[str, list[Layer]] = {}
-    for name, make in makers.items():
-        if is_wanted(name, wanted):
-            try:
-                built[name] = [make(n).eval() for n in range(deck.depth)]
-            except (UserError, ImportError) as error:
-                leave_out(deck.case.name, name, error)
-    return built
+    """A layer for each of the deck's weights, by name: ours, and Qwen3's, which drop nothing."""
+    weights = list(zip(deck.weights, deck.swiglu, strict=True))
+    built = stacks(weights, lambda name: name.startswith(("ours", "Qwen3")) and is_wanted(name, wanted))
+    return {name: [layer.eval() for layer in stack] for name, stack in built.items()}
 
 
 def turn(stack: list[Layer], calls: list[tuple[int, Given]], x: Tensor) -> Callable[[], None]:

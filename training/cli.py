@@ -1,6 +1,7 @@
 """The `moe` command. Exit codes: 0 done, or stopped on request and saved; 1 failed; 2 yours to mend."""
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -41,6 +42,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("folder", type=Path, help="a checkpoint's folder, or a run's for all of its checkpoints")
     verify.set_defaults(run=_verify)
+
+    plan = commands.add_parser("plan", help="what a run would need and how long it would take, computed")
+    plan.add_argument("config", type=Path, help="a run's YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="a.b=value", help="values in place of the file's")
+    plan.add_argument("--gpus", type=int, required=True, help="how many there are, over all nodes")
+    plan.add_argument("--gpu", default="h100", help="h100 (default), h200, a100, or cpu for one core each")
+    plan.add_argument("--efficiency", type=float, default=0.4, help="share of the peak that is reached (default 0.4)")
+    plan.add_argument("--json", type=Path, help="write every figure here as well")
+    plan.set_defaults(run=_plan)
 
     launch = commands.add_parser("launch", help="run a moe command on several processes")
     launch.add_argument("--ranks", type=int, help="processes on each machine (default: one per GPU)")
@@ -91,6 +101,27 @@ def _verify(options: argparse.Namespace) -> int:
             if fault.tensors:
                 console.print(Text(f"    tensors: {some(fault.tensors, 10)}"))
     return int(any(faults for _, faults in verdicts))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from training.config import load_run_config
+    from training.plan.plan import make_plan, over_experts, over_stages
+    from training.plan.report import as_json, print_plan
+    from training.plan.specs import find_gpu
+
+    run, gpu = load_run_config(options.config, options.overrides), find_gpu(options.gpu)
+    machines = options.gpus, gpu, options.efficiency
+    plan = make_plan(run, *machines)
+    stages, swept = over_stages(run, *machines), over_experts(run, *machines)
+    print_plan(plan, stages, swept, Console())
+    if options.json:
+        try:
+            options.json.write_text(json.dumps(as_json(plan, stages, swept), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {options.json}: {error.strerror}; choose another --json") from error
+    return 0
 
 
 def _launch(options: argparse.Namespace) -> int:

@@ -73,11 +73,12 @@ def train_step(
         totals = step_totals or _totals(output.routing, counts)
         targets = batch.targets.to(ranks.device)
         loss, shares = masked_lm_objective(output, targets, counts.targets, losses, totals, step)
+        routing.append(sum_routing([output.routing]))
+        del output  # logits, and the graph of statistics that no loss uses, needn't outlast forward
         # The engine averages over ranks; the step's loss is the sum of the ranks' shares.
         engine.backward(loss * ranks.world, scale_wrt_gas=False)
         shares["total"] = loss.detach()
         parts = {name: share + parts.get(name, 0.0) for name, share in shares.items()}
-        routing.append(output.routing)
         if i < len(batches) - 1:
             engine.step()
     values, stats = reduce_over_ranks(parts, sum_routing(routing))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from moe.experts.cpu.build import load_kernels, why_unavailable
 from routing.sync import readable
@@ -24,16 +25,50 @@ class DispatchPlan(NamedTuple):
 
 
 def plan_rows(routing: Routing) -> DispatchPlan:
-    """The rows that experts will work on: a stable sort of the kept assignments by expert."""
-    on_cpu = routing.choices.device.type == "cpu"
-    if on_cpu and readable(routing.choices) and why_unavailable() is None:
+    """The rows that experts will work on: a stable sort of the kept assignments by expert.
+
+    Raises:
+        ValueError: where choices aren't int64 or kept isn't bool; on a CPU, where a kept choice is no expert.
+    """
+    if _can_read(routing) and why_unavailable() is None:
         return _plan_by_counting(routing)
     return _plan_by_sorting(routing)
 
 
+def in_memory(*tensors: Tensor) -> bool:
+    """Whether each is where a CPU can point to it. Under torch.func's transforms and in FakeTensorMode none is."""
+    try:
+        for x in tensors:  # no all(..): called for every layer, and that takes twice as long
+            if isinstance(x, FakeTensor) or not x.is_cpu or (x.data_ptr() == 0 and x.numel() > 0):
+                return False
+    except RuntimeError:  # it has no storage
+        return False
+    return True
+
+
+def _can_read(routing: Routing) -> bool:
+    return readable(routing.choices) and in_memory(routing.choices, routing.kept)
+
+
+def _check(routing: Routing) -> None:
+    choices, kept = routing.choices, routing.kept
+    if choices.dtype != torch.int64 or kept.dtype != torch.bool or choices.shape != kept.shape:
+        raise ValueError(
+            f"choices must be int64 and kept bool, both [T, K]; got {choices.dtype} {list(choices.shape)} and "
+            f"{kept.dtype} {list(kept.shape)}"
+        )
+
+
+def _no_expert(num_choices: int) -> ValueError:
+    return ValueError(f"every kept choice must be in [0, {num_choices}), one of the experts; one isn't")
+
+
 def _plan_by_sorting(routing: Routing) -> DispatchPlan:
+    _check(routing)
     tokens, top_k = routing.choices.shape
     num_choices = routing.logits.shape[1]
+    if _can_read(routing) and (routing.kept & ((routing.choices < 0) | (routing.choices >= num_choices))).any():
+        raise _no_expert(num_choices)
     owner = torch.where(routing.kept, routing.choices, num_choices).reshape(-1)  # nobody: past the last
     order = owner.argsort(stable=True)
     row_of = torch.empty_like(order).scatter(0, order, torch.arange(order.numel(), device=order.device))
@@ -46,12 +81,15 @@ def _plan_by_sorting(routing: Routing) -> DispatchPlan:
 
 def _plan_by_counting(routing: Routing) -> DispatchPlan:
     """The same, about ten times as fast, by compiled code."""
+    _check(routing)
     choices, kept = routing.choices.contiguous(), routing.kept.contiguous()
     count, num_choices = choices.numel(), routing.logits.shape[1]
     assignments, row_of = choices.new_empty(count), torch.empty_like(choices)
     ends = torch.empty(num_choices, dtype=torch.int32)
     pointers = (tensor.data_ptr() for tensor in (assignments, ends, row_of))
     rows = load_kernels().plan_rows(choices.data_ptr(), kept.data_ptr(), count, num_choices, *pointers)
+    if rows < 0:
+        raise _no_expert(num_choices)
     return DispatchPlan(assignments[:rows], ends, row_of, kept)
 
 

@@ -11,7 +11,7 @@ TABLE = Path(__file__).with_name("fastest.json")  # written by `python -m benchm
 
 
 def fastest(x: Tensor, assignments: int, experts: int) -> str:
-    """The backend that was fastest on such a device, for that dtype and about as many rows per expert.
+    """The backend whose training steps were fastest on such a device, for that dtype and number of rows per expert.
 
     Where nothing was measured, `torch`.
     """
@@ -25,11 +25,15 @@ def fastest(x: Tensor, assignments: int, experts: int) -> str:
 
 @cache
 def machine(device: torch.device) -> str:
-    """What the table tells apart: the CPU's vector instructions, the GPU's compute capability."""
+    """What the table tells apart: the CPU's vector instructions, the GPU's compute capability.
+
+    Where torch doesn't say whether a CPU has dot products of bfloat16, it counts as one that has none.
+    """
     if device.type == "cuda":
         return "cuda {}.{}".format(*torch.cuda.get_device_capability(device))
     if device.type == "cpu":
-        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+        dot_products = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}{' bf16' if dot_products else ''}"
     return device.type
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from routing.errors import UserError
+
 GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -35,6 +37,8 @@ def loop_grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 def torch_grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """`loop_grouped_linear` by torch's grouped matrix product. Rows past `ends[-1]` give undefined values."""
+    if rows.dtype == torch.float64:
+        raise UserError("backend: torch has no float64; set backend: loop or backend: auto")
     out: Tensor = _grouped_mm(rows, weight, ends)
     return out
 
@@ -43,7 +47,7 @@ def torch_grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 @torch.library.custom_op("moe::grouped_mm", mutates_args=())
 def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if rows.shape[0] == 0:  # the kernel takes no empty input
-        return _product(rows, weight, ends)
+        return _shape_of_product(rows, weight, ends)
     return F.grouped_mm(rows, weight, offs=ends)
 
 
@@ -57,12 +61,12 @@ def _grouped_mm_backward(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tenso
 
 
 @_grouped_mm.register_fake
-def _product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _shape_of_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[2])
 
 
 @_grouped_mm_backward.register_fake
-def _gradients(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+def _shapes_of_gradients(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape), weight.new_empty(weight.shape)
 
 

@@ -3,7 +3,8 @@
 Shape legend in `routing/types.py`; F hidden width, P columns of `up`: F, or 2F when gated (gate first).
 """
 
-from importlib.util import find_spec
+import warnings
+from functools import cache, partial
 from typing import Protocol
 
 import torch
@@ -40,22 +41,25 @@ class Mixture(Protocol):
         ...
 
 
-def composed(grouped_linear: GroupedLinear) -> Mixture:
+def _composed(
+    grouped_linear: GroupedLinear,
+    x: Tensor,
+    weights: Tensor,
+    plan: DispatchPlan,
+    up: Tensor,
+    down: Tensor,
+    activation: Activation,
+) -> Tensor:
     """Step by step: gather, two grouped products, weighted sum."""
-
-    def mixture(
-        x: Tensor, weights: Tensor, plan: DispatchPlan, up: Tensor, down: Tensor, activation: Activation
-    ) -> Tensor:
-        up, down = up.to(x.dtype), down.to(x.dtype)
-        rows = x.index_select(0, plan.assignments // plan.row_of.shape[1])
-        hidden = activate(grouped_linear(rows, up, plan.ends), activation)
-        return combine_rows(grouped_linear(hidden, down, plan.ends), weights, plan)
-
-    return mixture
+    up, down = up.to(x.dtype), down.to(x.dtype)
+    rows = x.index_select(0, plan.assignments // plan.row_of.shape[1])
+    hidden = activate(grouped_linear(rows, up, plan.ends), activation)
+    return combine_rows(grouped_linear(hidden, down, plan.ends), weights, plan)
 
 
-loop_mixture = composed(loop_grouped_linear)
-torch_mixture = composed(torch_grouped_linear)
+# Not closures: a module that holds one can be pickled.
+loop_mixture: Mixture = partial(_composed, loop_grouped_linear)
+torch_mixture: Mixture = partial(_composed, torch_grouped_linear)
 
 
 def choose_mixture(backend: Backend, width: int, hidden: int) -> Mixture:
@@ -77,11 +81,10 @@ def choose_mixture(backend: Backend, width: int, hidden: int) -> Mixture:
             f"{hidden}; choose such widths, or backend: auto"
         )
     if backend == "cpu" and (reason := why_unavailable()):
-        raise UserError(f"backend: cpu isn't available: {reason}; install g++, or set backend: auto")
-    if backend == "triton" and find_spec("triton") is None:
-        raise UserError(
-            "backend: triton needs the package triton, which isn't installed; install it, or set backend: auto"
-        )
+        raise UserError(f"backend: cpu isn't available: {reason}; or set backend: auto")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if backend == "triton" and (reason := triton_available(device)):
+        raise UserError(f"backend: triton isn't available: {reason}; set backend: auto")
     by_name: dict[Backend, Mixture] = {
         "loop": loop_mixture,
         "torch": torch_mixture,
@@ -96,14 +99,21 @@ def auto_mixture(
 ) -> Tensor:
     """The backend that was measured to be fastest on such a device, for that dtype and number of rows per expert.
 
-    While torch compiles it is `torch`.
+    While torch compiles it is `torch`. Where it would be `cpu` and the kernels are missing, a warning says so, once.
     """
     best = "torch" if torch.compiler.is_compiling() else fastest(x, weights.numel(), up.shape[0])
     mixture: Mixture = torch_mixture
-    if best == "cpu" and serves(x, up):
+    if best == "cpu" and serves(x, up, down):
         mixture = cpu_mixture
     elif best == "triton" and triton_available(x.device) is None:
         mixture = triton_mixture
     elif x.dtype == torch.float64 or x.shape[1] % 8 or down.shape[1] % 8:  # what torch's kernel doesn't take
         mixture = loop_mixture
+    if best == "cpu" and mixture is not cpu_mixture and (reason := why_unavailable()):
+        _warn_once(f"experts are slower than they could be, as backend: cpu isn't available: {reason}")
     return mixture(x, weights, plan, up, down, activation)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)

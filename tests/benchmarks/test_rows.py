@@ -65,10 +65,15 @@ def test_moe_layer_takes_one_cell(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.usefixtures("tiny")
-def test_small_batch(tmp_path: Path) -> None:
+def test_small_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("moe.experts.triton_mixture.find_spec", lambda name: "somewhere")  # installed, without a GPU
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     rows = rows_of(small_batch, tmp_path, "--cases tiny --tokens 1 4 --rounds 1")
     assert {row["case"] for row in rows} == {"d16 ff24 E4 K2 T1", "d16 ff24 E4 K2 T4"}
     assert {row["ratio_to_reading"] for row in rows if row["contender"] == "reading"} == {1.0}
+    assert {"ours loop", "ours torch", "ours auto"} <= {row["contender"] for row in rows}
+    assert "left out of d16 ff24 E4 K2: ours triton: " in capsys.readouterr().out
 
 
 def test_a_turn_meets_every_expert_of_enough_layers(monkeypatch: pytest.MonkeyPatch) -> None:

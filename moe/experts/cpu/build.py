@@ -40,11 +40,10 @@ def load_kernels() -> ctypes.CDLL:
         raise Unavailable(f"the kernels can't be compiled: {error}") from None
     try:
         kernels = ctypes.CDLL(str(target))
-    except OSError as error:
-        raise Unavailable(
-            f"the compiled kernels can't be loaded: {error}; delete {target} and they are compiled again"
-        ) from None
+    except OSError:
+        kernels = _build_anew(target)
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    kernels.job_size.argtypes, kernels.job_size.restype = [], integer
     kernels.mixture_run.argtypes = [pointer, pointer, integer, pointer]
     kernels.mixture_run.restype = None
     kernels.plan_rows.argtypes = [pointer, pointer, integer, integer, pointer, pointer, pointer]
@@ -62,17 +61,25 @@ def why_unavailable() -> str | None:
     return None
 
 
+def _build_anew(broken: Path) -> ctypes.CDLL:
+    """Once, for a file that was damaged, or built where other libraries are."""
+    try:
+        broken.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_build()))
+    except OSError as error:
+        raise Unavailable(f"the kernels can't be loaded, nor when compiled anew: {error}") from None
+
+
 def _build() -> Path:
-    """The library, compiled if there is none yet of these sources, by this compiler, for this processor."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        raise Unavailable("there is no g++ to compile the kernels with")
+    """The library, compiled if there is none yet of these sources, with these flags, for this processor."""
     sources = [path.read_bytes() for path in sorted(_SOURCE.parent.iterdir()) if path.suffix in (".cpp", ".h")]
-    version = _output([compiler, "-dumpfullversion"])
-    name = hashlib.sha256(b"\0".join([*sources, version.encode(), _processor(), *map(str.encode, _FLAGS)])).hexdigest()
+    name = hashlib.sha256(b"\0".join([*sources, _processor(), *map(str.encode, _FLAGS)])).hexdigest()
     folder = _cache_folder()
     target = folder / f"kernels-{name[:16]}.so"
     if not target.exists():
+        compiler = shutil.which("g++")
+        if compiler is None:
+            raise Unavailable("there is no g++ to compile the kernels with; install g++")
         # Several processes may build at once: each under its own name, and the last one to finish stays.
         handle, built = tempfile.mkstemp(suffix=".so", dir=folder)
         os.close(handle)

@@ -6,26 +6,34 @@ computes doesn't depend on how many threads there are, so neither do the bits of
 
 import ctypes
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from moe.config import Activation
 from moe.experts.cpu.build import load_kernels, why_unavailable
-from moe.experts.dispatch import DispatchPlan
+from moe.experts.dispatch import DispatchPlan, in_memory
+from moe.feed_forward import input_width
+from routing.errors import UserError
 
 _ACTIVATIONS: tuple[Activation, ...] = ("gelu", "swiglu", "geglu")  # as numbered in the kernels
-_FORWARD, _COMBINE, _BACKWARD_ROWS, _BACKWARD_WEIGHTS, _BACKWARD_EXPERT, _SPREAD = range(6)
 _PIECE = 512  # rows or tokens of a task; a multiple of the kernels' slices
 _WORTH_THREADS = 1 << 24  # multiply-adds below which waking a thread costs more than it saves
 
 Task = tuple[int, int, int, int, int, int]  # kind, expert, from, to, part, parts
+Tasks = npt.NDArray[np.int64]  # one in each row
+
+
+class _Kind:
+    """Mirrors `Kind` in the kernels."""
+
+    FORWARD, COMBINE, BACKWARD_ROWS, BACKWARD_WEIGHTS, BACKWARD_EXPERT, SPREAD = range(6)
 
 
 class _Job(ctypes.Structure):
@@ -43,11 +51,12 @@ class _Job(ctypes.Structure):
     ]
 
 
-def serves(x: Tensor, up: Tensor) -> bool:
+def serves(x: Tensor, *matrices: Tensor) -> bool:
     """On a CPU with kernels: float32, or bfloat16 with weights in bfloat16 or float32 (rounded on the way)."""
     half, single = torch.bfloat16, torch.float32
-    dtypes = (x.dtype, up.dtype) in ((single, single), (half, half), (half, single))
-    return x.device.type == "cpu" and dtypes and why_unavailable() is None
+    dtypes = {(x.dtype, matrix.dtype) for matrix in matrices}
+    known = dtypes in ({(single, single)}, {(half, half)}, {(half, single)})
+    return known and in_memory(x, *matrices) and why_unavailable() is None
 
 
 def cpu_mixture(
@@ -57,14 +66,36 @@ def cpu_mixture(
 
     Saves `x` and the pre-activations; activations are computed anew. Where an expert has few rows its weights are
     streamed from memory once, otherwise packed; gradients of float32 weights are float32 under autocast too.
+
+    Besides, each thread keeps memory for the backward of the largest expert that it had to itself, `[rows, P + F]`.
     """
-    if not serves(x, up):
-        raise ValueError(
-            f"the cpu backend takes float32 or bfloat16 on a CPU, got {x.dtype} with weights of {up.dtype} on "
-            f"{x.device}; set backend: auto"
-        )
+    _check(x, weights, plan, up, down, activation)
     y: Tensor = _CpuMixture.apply(x, weights, up, down, plan, activation)
     return y
+
+
+def _check(x: Tensor, weights: Tensor, plan: DispatchPlan, up: Tensor, down: Tensor, activation: Activation) -> None:
+    """The kernels believe what they are told."""
+    if not serves(x, up, down):
+        if reason := why_unavailable():
+            raise UserError(f"the cpu backend isn't available: {reason}; or set backend: auto")
+        raise UserError(
+            f"the cpu backend takes float32 or bfloat16 in a CPU's memory, got {x.dtype} with weights of {up.dtype} "
+            f"and {down.dtype} on {x.device}, {up.device}, {down.device}; set backend: auto, or loop within "
+            "torch.func, vmap or FakeTensorMode"
+        )
+    if not in_memory(weights, *plan):
+        raise ValueError(f"gates and plan must be on a CPU like x, got {weights.device} and {plan.kept.device}")
+    if not (x.dim() == weights.dim() == 2 and up.dim() == down.dim() == 3):
+        sides = [x.dim(), weights.dim(), up.dim(), down.dim()]
+        raise ValueError(f"x, weights, up, down must have 2, 2, 3, 3 dimensions, got {sides}")
+    (tokens, width), top_k, experts, hidden = x.shape, weights.shape[1], len(up), down.shape[1]
+    found = (weights.shape, plan.kept.shape, plan.row_of.shape, up.shape, down.shape, plan.ends.shape)
+    gates, columns = (tokens, top_k), input_width(hidden, activation)
+    valid = (gates, gates, gates, (experts, width, columns), (experts, hidden, width), (experts,))
+    if found != valid:
+        names = "weights, plan.kept, plan.row_of, up, down, plan.ends"
+        raise ValueError(f"{names} must be {valid}, got {tuple(map(tuple, found))}")
 
 
 class _CpuMixture(torch.autograd.Function):
@@ -78,16 +109,18 @@ class _CpuMixture(torch.autograd.Function):
         plan: DispatchPlan,
         activation: Activation,
     ) -> Tensor:
-        x, weights, up, down = x.contiguous(), weights.float().contiguous(), up.contiguous(), down.contiguous()
+        x, weights, up, down = (_plain(tensor) for tensor in (x, weights.float(), up, down))
+        plan = DispatchPlan(*(tensor.contiguous() for tensor in plan))
         rows, tokens = plan.assignments.shape[0], x.shape[0]
         pre, out = x.new_empty(rows, up.shape[2]), x.new_empty(rows, x.shape[1])
         y = torch.empty_like(x)
         job = _job(x, weights, up, down, plan, activation, pre=pre, out=out, y=y)
-        bounds = [0, *plan.ends.tolist()]
-        pieces = [(_FORWARD, *piece, 0, 1) for piece in _pieces(bounds)]
-        _run(job, [pieces, _blocks(_COMBINE, tokens)], rows * up.shape[1] * (up.shape[2] + down.shape[1]))
+        busy = _busy(plan)
+        pieces = [task for expert in busy for task in _pieces(_Kind.FORWARD, *expert)]
+        blocks = _pieces(_Kind.COMBINE, 0, 0, tokens)
+        _run(job, [pieces, blocks], rows * up.shape[1] * (up.shape[2] + down.shape[1]))
         ctx.save_for_backward(x, weights, up, down, *plan, pre)
-        ctx.bounds, ctx.activation = bounds, activation  # type: ignore[attr-defined]
+        ctx.busy, ctx.activation = busy, activation  # type: ignore[attr-defined]
         return y
 
     @staticmethod
@@ -95,42 +128,62 @@ class _CpuMixture(torch.autograd.Function):
         if torch.is_grad_enabled():  # not once_differentiable: where dy wants no gradient, it lets wrong ones pass
             raise RuntimeError("the cpu backend has no second derivatives (create_graph); set backend: loop")
         x, weights, up, down, *planned, pre = ctx.saved_tensors  # type: ignore[attr-defined]
-        bounds, activation = ctx.bounds, ctx.activation  # type: ignore[attr-defined]
+        busy, activation = ctx.busy, ctx.activation  # type: ignore[attr-defined]
         wants_x, wants_weights, wants_up, wants_down, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
         rows, tokens, threads = pre.shape[0], x.shape[0], torch.get_num_threads()
-        dpre, wh, dweight = torch.empty_like(pre), x.new_empty(rows, down.shape[1]), weights.new_empty(rows)
         dx_rows, dx = (x.new_empty(rows, x.shape[1]), torch.empty_like(x)) if wants_x else (None, None)
-        dweights = torch.empty_like(weights)
+        dweight, dweights = weights.new_empty(rows), torch.empty_like(weights)
         dup = torch.empty_like(up) if wants_up else None
         ddown = torch.empty_like(down) if wants_down else None
-        grads = {"dpre": dpre, "wh": wh, "dweight": dweight, "dx_rows": dx_rows, "dx": dx, "dweights": dweights}
-        plan = DispatchPlan(*planned)
-        dy = dy.contiguous()
-        job = _job(x, weights, up, down, plan, activation, pre=pre, dy=dy, dup=dup, ddown=ddown, **grads)
         first: list[Task] = []
         second: list[Task] = []
-        for expert, (start, end) in enumerate(pairwise(bounds)):
+        for expert, start, end in busy:
             if threads == 1 or (end - start) * threads * 2 <= rows:
-                first.append((_BACKWARD_EXPERT, expert, start, end, 0, 1))
+                first.append((_Kind.BACKWARD_EXPERT, expert, start, end, 0, 1))
             else:  # too much for one thread: its rows first, then its weights, both in parts
-                first += [(_BACKWARD_ROWS, *piece, 0, 1) for piece in _pieces([start, end], expert)]
-                second += [(_BACKWARD_WEIGHTS, expert, start, end, part, threads * 2) for part in range(threads * 2)]
-        second += _blocks(_SPREAD, tokens)
-        _run(job, [first, second], 2 * rows * up.shape[1] * (up.shape[2] + down.shape[1]))
+                first += _pieces(_Kind.BACKWARD_ROWS, expert, start, end)
+                parts = threads * 2
+                second += [(_Kind.BACKWARD_WEIGHTS, expert, start, end, part, parts) for part in range(parts)]
+        # Threads hold them for the experts that they have to themselves.
+        dpre, wh = (torch.empty_like(pre), x.new_empty(rows, down.shape[1])) if second else (None, None)
+        second += _pieces(_Kind.SPREAD, 0, 0, tokens)
+        grads = {"dpre": dpre, "wh": wh, "dweight": dweight, "dx_rows": dx_rows, "dx": dx, "dweights": dweights}
+        grads |= {"dy": _plain(dy), "dup": dup, "ddown": ddown}
+        job = _job(x, weights, up, down, DispatchPlan(*planned), activation, pre=pre, **grads)
+        idle = _idle(len(up), busy) if wants_up or wants_down else None
+        _run(job, [first, second], 2 * rows * up.shape[1] * (up.shape[2] + down.shape[1]), idle)
         return dx, dweights if wants_weights else None, dup, ddown, None, None
 
 
-def _pieces(bounds: Sequence[int], first: int = 0) -> list[tuple[int, int, int]]:
-    """(expert, from, to) of at most `_PIECE` rows; `bounds[i]` is where expert `first + i` begins."""
-    return [
-        (expert, start, min(start + _PIECE, end))
-        for expert, (begin, end) in enumerate(pairwise(bounds), first)
-        for start in range(begin, end, _PIECE)
-    ]
+def _plain(tensor: Tensor) -> Tensor:
+    """With the numbers themselves in memory, not their negatives, one row after the other."""
+    return tensor.resolve_neg().contiguous()
 
 
-def _blocks(kind: int, tokens: int) -> list[Task]:
-    return [(kind, 0, start, min(start + _PIECE, tokens), 0, 1) for start in range(0, tokens, _PIECE)]
+def _busy(plan: DispatchPlan) -> list[tuple[int, int, int]]:
+    """(expert, from, to) of those that have rows: where tokens are few and experts many, most have none."""
+    bounds = np.zeros(len(plan.ends) + 1, np.int64)
+    bounds[1:] = plan.ends.numpy()
+    experts = (bounds[1:] != bounds[:-1]).nonzero()[0]
+    ends = bounds[1:][experts].tolist()
+    busy = list(zip(experts.tolist(), [0, *ends], ends, strict=False))
+    if any(start >= end for _, start, end in busy) or (busy and ends[-1] > len(plan.assignments)):
+        raise ValueError(f"the ends of a plan must go up to its {len(plan.assignments)} rows, got {plan.ends.tolist()}")
+    return busy
+
+
+def _idle(experts: int, busy: list[tuple[int, int, int]]) -> Tasks:
+    """Of an expert without rows: they fill its gradients with zeros."""
+    without = np.ones(experts, bool)
+    without[[expert for expert, *_ in busy]] = False
+    tasks = np.zeros((np.count_nonzero(without), 6), np.int64)
+    tasks[:, 0], tasks[:, 1], tasks[:, 5] = _Kind.BACKWARD_EXPERT, without.nonzero()[0], 1
+    return tasks
+
+
+def _pieces(kind: int, expert: int, begin: int, end: int) -> list[Task]:
+    """Of at most `_PIECE` rows or tokens."""
+    return [(kind, expert, start, min(start + _PIECE, end), 0, 1) for start in range(begin, end, _PIECE)]
 
 
 def _job(
@@ -158,25 +211,48 @@ def _job(
     return job
 
 
-def _run(job: _Job, phases: list[list[Task]], multiply_adds: int) -> None:
-    """Do the phases one after the other, each on all of torch's threads if there is enough to do."""
+def _run(job: _Job, phases: list[list[Task]], multiply_adds: int, more: Tasks | None = None) -> None:
+    """Do the phases one after the other, each on all of torch's threads if there is enough to do.
+
+    `more` belongs to the first of them.
+    """
     threads = torch.get_num_threads()
     if threads == 1 or multiply_adds < _WORTH_THREADS:
         phases, threads = [[task for phase in phases for task in phase]], 1
-    run = load_kernels().mixture_run
+    kernels = load_kernels()
+    assert kernels.job_size() == ctypes.sizeof(_Job), "_Job isn't what the kernels' Job is: mend the one in mixture.py"
+    run = kernels.mixture_run
     for phase in phases:
-        tasks = np.array(phase, dtype=np.int64)
+        tasks = np.array(phase, np.int64)
+        if more is not None and len(more):
+            tasks, more = np.concatenate([tasks.reshape(-1, 6), more]), None
         taken = ctypes.c_int64(0)
         # Each of these keeps alive what it points to.
         given = (ctypes.byref(job), tasks.ctypes.data_as(ctypes.c_void_p), len(tasks), ctypes.byref(taken))
-        helpers = [_helpers(threads - 1).submit(run, *given) for _ in range(min(threads, len(tasks)) - 1)]
+        helpers = _summon(threads - 1, min(threads, len(tasks)) - 1, run, *given)
         run(*given)
         for helper in helpers:
-            helper.result()
+            if not helper.cancel():  # it has begun
+                helper.result()
+
+
+def _summon(count: int, wanted: int, *call: Any) -> list[Future[None]]:
+    """So many helpers of a pool of `count` as can be had: none while the interpreter ends, or with no threads left."""
+    found: list[Future[None]] = []
+    pool = _helpers(count) if wanted > 0 else None
+    try:
+        while pool and len(found) < wanted:
+            found.append(pool.submit(*call))
+    except RuntimeError:
+        assert pool
+        pool.shutdown(cancel_futures=True)  # a call whose thread couldn't be started is still in its queue
+        _helpers.cache_clear()
+    return found
 
 
 @cache
 def _helpers(count: int) -> ThreadPoolExecutor:
+    """Kept until the process ends: one pool for each number of threads that torch was ever set to."""
     return ThreadPoolExecutor(count, thread_name_prefix="experts")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from hypothesis import given
+from torch._subclasses import FakeTensorMode
 
 from moe.experts.dispatch import DispatchPlan, _plan_by_counting, _plan_by_sorting, plan_rows
 from moe.experts.mixture import torch_mixture
@@ -73,6 +74,31 @@ def test_counting_and_sorting_make_the_same_plan(routing: Routing) -> None:
 def test_on_a_cpu_rows_are_counted() -> None:
     routing = drawn(20, experts=4, top_k=2, dropped=0.5)
     assert len(plan_rows(routing).assignments) == int(routing.kept.sum()) < routing.most_kept
+
+
+@pytest.mark.parametrize("wrong", [-1, 3, 2**40])
+def test_a_kept_choice_that_is_no_expert_is_refused(planner: Planner, wrong: int) -> None:
+    routing = routing_of(torch.tensor([[0], [wrong]]), torch.ones(2, 1, dtype=torch.bool), 3)
+    with pytest.raises(ValueError, match=r"in \[0, 3\)"):
+        planner(routing)
+    planner(routing._replace(kept=torch.tensor([[True], [False]])))
+
+
+def test_choices_and_kept_of_other_types_or_shapes_are_refused(planner: Planner) -> None:
+    routing = drawn(5, experts=4, top_k=2)
+    for wrong in ({"choices": routing.choices.int()}, {"kept": routing.kept.int()}, {"kept": routing.kept[:4]}):
+        with pytest.raises(ValueError, match="choices must be int64 and kept bool"):
+            planner(routing._replace(**wrong))
+
+
+def test_choices_without_memory_are_sorted() -> None:
+    routing = drawn(5, experts=4, top_k=2, dropped=0.3)
+    choices = torch.stack([routing.choices, routing.choices.flip(0)])
+    ends = torch.vmap(lambda choices: plan_rows(routing._replace(choices=choices)).ends)(choices)
+    assert torch.equal(ends[0], plan_rows(routing).ends)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = routing._replace(choices=mode.from_tensor(routing.choices), kept=mode.from_tensor(routing.kept))
+        assert plan_rows(fake).ends.shape == (4,)
 
 
 def test_choices_of_any_strides(planner: Planner) -> None:

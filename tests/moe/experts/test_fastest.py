@@ -51,9 +51,17 @@ def test_what_was_not_measured_is_torchs(measured: Callable[[Table], None]) -> N
     assert fastest(torch.zeros(1), 5, 1) == "torch"
 
 
-def test_machines_are_told_apart_by_what_matters_to_speed() -> None:
-    assert machine(torch.device("cpu")) == f"cpu {torch.backends.cpu.get_cpu_capability()}"
-    assert machine(torch.device("meta")) == "meta"
+def test_machines_are_told_apart_by_what_matters_to_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = machine.__wrapped__  # not what it remembers
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True, raising=False)
+    assert name(cpu) == "cpu AVX512 bf16"
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    assert name(cpu) == "cpu AVX512"
+    monkeypatch.delattr("torch.cpu._is_avx512_bf16_supported")
+    assert name(cpu) == "cpu AVX512"
+    assert name(torch.device("meta")) == "meta"
 
 
 def test_the_committed_table_names_backends_that_there_are_and_rises_from_zero() -> None:

@@ -1,17 +1,22 @@
 """The mixture-of-experts layer against a loop over tokens and choices."""
 
-from typing import Any
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from moe.config import ExpertsConfig
+from moe.config import Backend, ExpertsConfig
 from moe.experts.layer import MoEFeedForward
+from routing.errors import UserError
 from tests import oracles
 from tests.routing.routers import ROUTERS, tokens_of, with_opinions
 
+BACKENDS = get_args(Backend)
 TOP_1 = {"kind": "token_choice", "top_k": 1, "renormalize": False}
 
 
@@ -179,3 +184,18 @@ def test_takes_a_substitute_router(backend: str, x: Tensor) -> None:
         outs = [oracles.activate(token @ layer.experts.up[e], "gelu") @ layer.experts.down[e] for e in choices]
         written.append(weights @ torch.stack(outs))
     assert_close(y, torch.stack(written))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layer_of_any_backend_can_be_copied_and_pickled(
+    backend: str, copied: Callable[[MoEFeedForward], MoEFeedForward], x: Tensor
+) -> None:
+    try:
+        layer = layer_of(backend=backend)
+    except UserError as reason:
+        pytest.skip(str(reason))
+    again = copied(layer)
+    assert_close(again.state_dict(), layer.state_dict())
+    if backend != "triton":
+        assert torch.equal(again(x, tokens_of([len(x)]))[0], layer(x, tokens_of([len(x)]))[0])

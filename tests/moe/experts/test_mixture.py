@@ -1,5 +1,6 @@
 """Every backend against a loop over tokens: outputs, and gradients of x, gates, up and down."""
 
+import warnings
 from typing import get_args
 
 import pytest
@@ -10,10 +11,12 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from moe.config import Activation
+from moe.experts import mixture as mixture_module
 from moe.experts.cpu.build import why_unavailable
 from moe.experts.cpu.mixture import cpu_mixture
 from moe.experts.dispatch import _plan_by_sorting
 from moe.experts.mixture import Mixture, auto_mixture, choose_mixture, loop_mixture, torch_mixture
+from moe.experts.triton_mixture import triton_mixture
 from moe.feed_forward import activate
 from routing import Routing
 from routing.errors import UserError
@@ -363,9 +366,33 @@ def test_torch_refuses_widths_it_cannot_serve(width: int, hidden: int) -> None:
 
 
 def test_cpu_refuses_to_be_chosen_where_it_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe.experts.mixture.why_unavailable", lambda: "no compiler today")
-    with pytest.raises(UserError, match="no compiler today; install g"):
+    monkeypatch.setattr("moe.experts.mixture.why_unavailable", lambda: "no compiler today; come tomorrow")
+    with pytest.raises(
+        UserError, match=r"cpu isn't available: no compiler today; come tomorrow; or set backend: auto$"
+    ):
         choose_mixture("cpu", 8, 16)
+
+
+def test_torch_refuses_float64() -> None:
+    case = case_of(counted(3, 2), width=8, hidden=16)
+    with pytest.raises(UserError, match="backend: torch has no float64; set backend: loop or backend: auto"):
+        apply(torch_mixture, case, leaves(case, torch.float64))
+
+
+def test_triton_refuses_to_be_chosen_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe.experts.triton_mixture.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="triton isn't available: triton is not installed; set backend: auto"):
+        choose_mixture("triton", 8, 16)
+    monkeypatch.setattr("moe.experts.triton_mixture.find_spec", lambda name: "somewhere")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match="triton isn't available: it needs a CUDA device, not cpu; set backend: auto"):
+        choose_mixture("triton", 8, 16)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_mixture("triton", 8, 16) is triton_mixture
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert choose_mixture("triton", 8, 16) is triton_mixture
 
 
 @pytest.mark.parametrize("table", ["cpu", "torch"])
@@ -400,6 +427,26 @@ def test_auto_is_the_fastest_that_serves(monkeypatch: pytest.MonkeyPatch) -> Non
     table = "torch"
     assert chosen(small, torch.float32) == chosen(small, torch.bfloat16) == "torch"
     assert chosen(odd, torch.float32) == chosen(small, torch.float64) == "loop"
+
+
+def test_auto_warns_once_where_the_fastest_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_of(counted(3, 2), width=8, hidden=16)
+    inputs = leaves(case, torch.float32)
+    mixture_module._warn_once.cache_clear()
+    for name in ("mixture", "cpu.mixture"):
+        monkeypatch.setattr(f"moe.experts.{name}.why_unavailable", lambda: "no compiler today; come tomorrow")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        monkeypatch.setattr("moe.experts.mixture.fastest", lambda *_: "torch")
+        apply(auto_mixture, case, inputs)
+        assert not caught
+        monkeypatch.setattr("moe.experts.mixture.fastest", lambda *_: "cpu")
+        for _ in range(3):
+            apply(auto_mixture, case, inputs)
+    assert [str(warning.message) for warning in caught] == [
+        "experts are slower than they could be, as backend: cpu isn't available: no compiler today; come tomorrow"
+    ]
+    mixture_module._warn_once.cache_clear()
 
 
 @pytest.mark.gpu

@@ -20,7 +20,8 @@ struct Job {
     const float* weights;            // [T, K]
     void *pre, *out, *y;             // [R, P], [R, D], [T, D]
     const void* dy;                  // [T, D]; used by the backward, like all that follow
-    void *dpre, *wh, *dx_rows, *dx;  // [R, P], [R, F], [R, D], [T, D]; the last two null: not wanted
+    void *dpre, *wh;                 // [R, P], [R, F]; null without tasks of the kinds BACKWARD_ROWS, BACKWARD_WEIGHTS
+    void *dx_rows, *dx;              // [R, D], [T, D]; null: not wanted
     float *dweight, *dweights;       // [R], [T, K]
     void *dup, *ddown;               // like up and down; null: not wanted
 };

@@ -32,13 +32,19 @@ void mixture_run(const Job* job, const Task* tasks, int64_t count, int64_t* next
         run<bf16, float>(*job, tasks, count, shared);
 }
 
+// By which a caller knows that its mirror of `Job` is as large.
+int64_t job_size() { return sizeof(Job); }
+
 // A stable counting sort of kept assignments by expert: assignments [N], ends [E], row_of [N] (0 where nothing is
-// kept). Returns how many are kept.
+// kept). Returns how many are kept; -1 if one of them chose no expert.
 int64_t plan_rows(const int64_t* choices, const uint8_t* kept, int64_t count, int64_t experts, int64_t* assignments,
                   int32_t* ends, int64_t* row_of) {
     std::vector<int64_t> place(experts + 1, 0);  // of the next row of each expert, once the counts are summed
     for (int64_t i = 0; i < count; i++)
-        if (kept[i]) place[choices[i] + 1]++;
+        if (kept[i]) {
+            if (choices[i] < 0 || choices[i] >= experts) return -1;
+            place[choices[i] + 1]++;
+        }
     for (int64_t e = 0; e < experts; e++) ends[e] = (int32_t)(place[e + 1] += place[e]);
     for (int64_t i = 0; i < count; i++) {
         row_of[i] = 0;

@@ -34,12 +34,17 @@ public:
             case COMBINE:
                 return combine(task);
             case BACKWARD_ROWS:
+                left = {0, (X*)job.dpre, (X*)job.wh};
                 return backward_rows(task);
             case BACKWARD_WEIGHTS:
+                left = {0, (X*)job.dpre, (X*)job.wh};
                 return backward_weights(task);
-            case BACKWARD_EXPERT:
+            case BACKWARD_EXPERT: {
+                const int64_t m = task.to - task.from;
+                left = {task.from, scratch.dpre.get(m * P), scratch.weighted_h.get(m * F)};
                 backward_rows(task);
                 return backward_weights(task);
+            }
             case SPREAD:
                 return spread(task);
         }
@@ -55,6 +60,10 @@ private:
     Scratch<X>& scratch;
     const Activation activation;
     const int64_t K, D, F, P;
+    struct {
+        int64_t first;  // the row that begins there
+        X *dpre, *weighted_h;
+    } left = {};  // what the backward's rows leave for its weights
 
     int64_t token(int64_t row) const { return job.assignments[row] / K; }
     float weight(int64_t row) const { return job.weights[job.assignments[row]]; }
@@ -62,8 +71,8 @@ private:
     const X* dy(int64_t row) const { return (const X*)job.dy + token(row) * D; }
     X* pre(int64_t row) const { return (X*)job.pre + row * P; }
     X* out(int64_t row) const { return (X*)job.out + row * D; }
-    X* dpre(int64_t row) const { return (X*)job.dpre + row * P; }
-    X* weighted_h(int64_t row) const { return (X*)job.wh + row * F; }
+    X* dpre(int64_t row) const { return left.dpre + (row - left.first) * P; }
+    X* weighted_h(int64_t row) const { return left.weighted_h + (row - left.first) * F; }
     X* dx(int64_t row) const { return (X*)job.dx_rows + row * D; }
     const W* up(int64_t expert) const { return (const W*)job.up + expert * D * P; }
     const W* down(int64_t expert) const { return (const W*)job.down + expert * F * D; }

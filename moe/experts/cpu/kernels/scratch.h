@@ -1,4 +1,5 @@
-// Memory that threads keep, so that tasks need not ask the system for any.
+// Memory that threads keep, so that tasks need not ask the system for any. A thread's grows to what its largest expert
+// needs, and stays so.
 
 #pragma once
 
@@ -14,7 +15,10 @@ class Buffer {
 public:
     T* get(int64_t size) {
         const size_t enough = (size * sizeof(T) + sizeof(Line) - 1) / sizeof(Line);
-        if (lines.size() < enough) lines.resize(enough);
+        if (lines.size() < enough) {
+            lines.clear();  // else it is copied, and grows to more than enough
+            lines.resize(enough);
+        }
         return (T*)lines.data();
     }
 
@@ -31,6 +35,7 @@ struct Scratch {
     Buffer<Unit<X>> rows, panels;
     Buffer<float> in, sums, between;
     Buffer<X> h;
+    Buffer<X> dpre, weighted_h;  // of all of an expert's rows
 };
 
 }  // namespace

@@ -155,11 +155,12 @@ inline float sum(f32x16 x) {
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-// e^x for x <= 88, to 2 units in the last place; below -87 it is e^-87. With n = x / ln 2 rounded, e^x is 2^n e^r where
+// e^x for x <= 88, to 2 units in the last place; below -87 it is 0. With n = x / ln 2 rounded, e^x is 2^n e^r where
 // |r| <= ln 2 / 2, and a polynomial gives e^r.
 inline f32x16 exp_of(f32x16 x) {
     constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    x = x < -87.0f ? splat(-87.0f) : x;
+    auto below = x < -87.0f;
+    x = below ? splat(-87.0f) : x;
     f32x16 shifted = x * 1.44269504f + shift;
     f32x16 n = shifted - shift;
     f32x16 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first one exact times n
@@ -170,7 +171,8 @@ inline f32x16 exp_of(f32x16 x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    return (f32x16)((u32x16)p + ((u32x16)shifted << 23));  // n added to the exponent
+    f32x16 y = (f32x16)((u32x16)p + ((u32x16)shifted << 23));  // n added to the exponent
+    return below ? f32x16{} : y;
 }
 
 }  // namespace

@@ -10,12 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
+from benchmarks.memory import peak_bytes
 from moe.config import Activation
 from moe.experts.cpu import mixture as cpu
 from moe.experts.cpu.mixture import cpu_mixture, serves
 from moe.experts.dispatch import plan_rows
 from moe.feed_forward import activate
+from routing.errors import UserError
 from tests.moe.experts.mixtures import (
     NAMES,
     Solved,
@@ -125,6 +128,9 @@ def test_what_helpers_work_on_outlives_an_interrupted_call(monkeypatch: pytest.M
             late.append(call)
             return self
 
+        def cancel(self) -> bool:
+            return False
+
         def result(self) -> None:
             raise KeyboardInterrupt
 
@@ -181,11 +187,128 @@ def test_what_it_cannot_serve_is_refused_with_what_can_be_done() -> None:
     for x, weights in ((double, double), (short, short), (single, half), (half, double)):
         inputs = leaves(case, x, weights)
         assert not serves(inputs["x"], inputs["up"])
-        with pytest.raises(ValueError, match=f"got {x} with weights of {weights} on cpu; set backend: auto"):
+        with pytest.raises(
+            ValueError, match=f"got {x} with weights of {weights} and {weights} on cpu.*; set backend: auto"
+        ):
             apply(cpu_mixture, case, inputs)
     for x, weights in DTYPES:
         inputs = leaves(case, x, weights)
         assert serves(inputs["x"], inputs["up"])
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_thread_holds_gradients_of_hidden_rows_of_one_expert_at_a_time() -> None:
+    torch.set_num_threads(1)
+    case = case_of(counted(*[16] * 32), width=16, hidden=256)
+    inputs = leaves(case, torch.float32)
+
+    def step() -> None:
+        apply(cpu_mixture, case, inputs).sum().backward()
+
+    step()
+    for leaf in inputs.values():
+        leaf.grad = None
+    hidden_rows = 512 * 256 * 4
+    peak = peak_bytes(step, lambda: [leaf.grad for leaf in inputs.values() if leaf.grad is not None])
+    assert hidden_rows < peak < 1.5 * hidden_rows  # the pre-activations alone, and rows of the model's width
+
+
+@pytest.mark.usefixtures("uninitialised_is_nan")
+def test_an_expert_without_rows_gets_gradients_of_zero_among_many() -> None:
+    case = case_of(counted(*[0] * 40, 3, *[0] * 40, 1, *[0] * 40))
+    inputs = leaves(case, torch.float32)
+    found = solve(cpu_mixture, case, inputs)
+    for leaf in ("up", "down"):
+        assert found.grads[leaf].flatten(1).any(1).nonzero().flatten().tolist() == [40, 81]
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("had", [0, 1], ids=["none", "one of two"])
+def test_without_helpers_a_thread_does_everything(monkeypatch: pytest.MonkeyPatch, had: int) -> None:
+    torch.set_num_threads(3)
+    case = case_of(counted(600, 30))
+    inputs = leaves(case, torch.float32)
+    right = solve(cpu_mixture, case, inputs)
+
+    class Pool(ThreadPoolExecutor):
+        left = had
+
+        def submit(self, *call, **named):  # as where no more threads can be started, or the interpreter ends
+            self.left -= 1
+            if self.left < 0:
+                raise RuntimeError("can't start new thread")
+            return super().submit(*call, **named)
+
+    cpu._helpers.cache_clear()
+    monkeypatch.setattr(cpu, "ThreadPoolExecutor", Pool)
+    assert_same_bits(solve(cpu_mixture, case, inputs), right)
+    cpu._helpers.cache_clear()
+
+
+# ---------------------------------------------------------------- what is refused
+
+WRONG = {
+    "down for another width": {"down": (3, 24, 41)},
+    "up for another activation": {"up": (3, 40, 48)},
+    "fewer experts in down": {"down": (2, 24, 40)},
+    "experts that the plan knows nothing of": {"up": (4, 40, 24), "down": (4, 24, 40)},
+    "fewer tokens": {"x": (19, 40)},
+    "another number of choices": {"weights": (20, 2)},
+    "two dimensions": {"up": (40, 24)},
+}
+
+
+@pytest.mark.parametrize("shapes", WRONG.values(), ids=WRONG)
+def test_shapes_that_do_not_fit_are_refused_before_memory_is_touched(shapes: dict[str, tuple[int, ...]]) -> None:
+    case = case_of(counted(10, 7, 3))
+    inputs = leaves(case, torch.float32) | {name: torch.zeros(shape) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=r"must (be|have) .*, got "):
+        apply(cpu_mixture, case, inputs)
+
+
+def test_a_plan_of_more_rows_than_it_has_is_refused() -> None:
+    case = case_of(counted(10, 7))
+    plan = plan_rows(case.routing)
+    for ends in ([10, 18], [12, 10]):
+        with pytest.raises(ValueError, match="must go up to its 17 rows, got "):
+            apply(cpu_mixture, case, leaves(case, torch.float32), plan._replace(ends=torch.tensor(ends).int()))
+
+
+def test_both_matrices_have_one_dtype_and_all_tensors_are_on_the_cpu() -> None:
+    case = case_of(counted(10, 7))
+    inputs, plan = leaves(case, torch.float32), plan_rows(case.routing)
+    half = inputs | {"down": inputs["down"].bfloat16()}
+    assert not serves(half["x"], half["up"], half["down"])
+    with pytest.raises(UserError, match=r"weights of torch\.float32 and torch\.bfloat16"):
+        apply(cpu_mixture, case, half)
+    for name in NAMES:
+        with pytest.raises(ValueError, match="CPU"):
+            apply(cpu_mixture, case, inputs | {name: inputs[name].to("meta")}, plan)
+    with pytest.raises(ValueError, match="CPU"):
+        apply(cpu_mixture, case, inputs, plan._replace(ends=plan.ends.to("meta")))
+
+
+def test_numbers_that_torch_stores_as_their_negatives() -> None:
+    case = case_of(counted(10, 7))
+    inputs = leaves(case, torch.float32)
+    right = apply(cpu_mixture, case, inputs)
+    negated = {name: torch._neg_view(-inputs[name].detach()) for name in NAMES}
+    assert torch.equal(apply(cpu_mixture, case, negated), right)
+
+
+def test_without_memory_it_says_so() -> None:
+    case = case_of(counted(10, 7))
+    inputs, plan = leaves(case, torch.float32), plan_rows(case.routing)
+
+    def of(x: Tensor) -> Tensor:
+        return apply(cpu_mixture, case, inputs | {"x": x}, plan).sum()
+
+    with pytest.raises(UserError, match=r"loop within torch\.func"):
+        torch.func.grad(of)(inputs["x"].detach())
+    with pytest.raises(UserError, match=r"loop within torch\.func"):
+        torch.vmap(of)(inputs["x"].detach()[None])
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(UserError, match="FakeTensorMode"):
+        of(torch.zeros(17, 40))
 
 
 # ---------------------------------------------------------------- activations
@@ -232,3 +355,12 @@ def test_activations_far_from_zero_are_the_line_or_zero(activation: Activation) 
     assert torch.allclose(values, line, rtol=1e-6, atol=1e-6)
     assert torch.allclose(slopes[points != 0], (points > 0).float()[points != 0], atol=1e-6)
     assert torch.equal(slopes[points == 0], torch.full((32,), 0.5))
+
+
+@pytest.mark.parametrize("rows", [8, 128], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu", "geglu"])
+def test_activations_of_the_largest_numbers_are_exact(activation: Activation, rows: int) -> None:
+    points = torch.tensor([3e38, -3e38, 1e37, -1e37]).repeat(4 * rows)
+    values, slopes = through_identities(points, activation, rows)
+    assert torch.equal(values, points.clamp(min=0))
+    assert torch.equal(slopes, (points > 0).float())

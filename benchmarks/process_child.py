@@ -1,0 +1,48 @@
+"""What `benchmarks.process` times, in a process of its own: `process_child.py SETTING WORKLOAD THREADS`.
+
+It is run by its path, because `benchmarks/__init__.py` would tune the process that is to stay untouched; and it imports
+torch last, because `tune_cpu` comes first.
+"""
+
+import sys
+import time
+from statistics import median
+
+TOKENS, WIDTH, HIDDEN, EXPERTS, STEPS, WARM = 4096, 512, 1024, 32, 12, 2
+
+
+def main(setting: str, workload: str, threads: int) -> None:
+    """Print the median seconds of a training step."""
+    if setting != "untouched":
+        from training.process import tune_cpu
+
+        tune_cpu()
+    import torch
+
+    from moe.config import ExpertsConfig
+    from moe.experts.layer import MoEFeedForward
+    from moe.feed_forward import FeedForward
+    from routing import Tokens
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    if workload == "experts":
+        layer = MoEFeedForward(ExpertsConfig(count=EXPERTS, width=HIDDEN, backend="torch"), WIDTH)
+        x = torch.randn(TOKENS, WIDTH, requires_grad=True)
+        tokens = Tokens(torch.zeros(TOKENS, dtype=torch.int64), torch.tensor([0, TOKENS], dtype=torch.int32))
+    else:
+        layer = FeedForward(WIDTH, HIDDEN, "gelu")
+        x = torch.randn(2 * TOKENS, WIDTH, requires_grad=True)
+    times = []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        y = layer(x, tokens)[0] if workload == "experts" else layer(x)
+        y.square().mean().backward()
+        layer.zero_grad()
+        x.grad = None
+        times.append(time.perf_counter() - start)
+    print(median(times[WARM:]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

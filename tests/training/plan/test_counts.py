@@ -1,0 +1,104 @@
+"""Parameters against the built module, FLOPs against torch's counter: both exactly."""
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from moe.config import ExpertsConfig
+from moe.heads import MaskedLM
+from routing import RoutingTotals
+from tests.training.plan.runs import experts, micro_batch, small_run
+from training.config import RunConfig
+from training.objective import masked_lm_objective
+from training.plan.counts import active_parameters, count_parameters, flops_per_token, targets_per_sequence
+
+ROUTED = experts(4, 2, 48, activation="swiglu", shared_width=16, backend="loop")
+
+
+def test_parameters_literal() -> None:
+    run = small_run(model__width=8, model__vocab_size=512, model__depth=1, **experts(4, 2, 3, shared_width=5))
+    assert count_parameters(run.model)._asdict() == {
+        "embeddings": 512 * 8,
+        "attention": 4 * 8 * 8,
+        "dense": 2 * 8 * 5,
+        "experts": 4 * 2 * 8 * 3,
+        "router": 4 * 8,
+        "norms": 4 * 8,
+        "head": 8 * 8 + 8 + 512,
+    }
+    assert active_parameters(run.model) == count_parameters(run.model).total - 2 * 2 * 8 * 3
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, ROUTED, ROUTED | {"model__overrides": [{"layers": [1], "feed_forward": {"kind": "dense"}}]}]
+)
+def test_parameters_equal_the_built_model(changes: dict[str, Any]) -> None:
+    run = small_run(**changes)
+    with torch.device("meta"):
+        model = MaskedLM(run.model)
+    assert count_parameters(run.model).total == sum(p.numel() for p in model.parameters())
+
+
+def test_targets_are_those_that_masking_chooses() -> None:
+    assert targets_per_sequence(small_run(data__max_length=128, data__masking__rate=0.3)) == 38  # round(0.3 * 126)
+    assert targets_per_sequence(small_run(data__max_length=8, data__masking__rate=0.01)) == 1
+
+
+def counted_flops(run: RunConfig) -> int:
+    """What torch counts in forward and backward of a micro-batch, beside the weighted sums of experts' outputs."""
+    model = MaskedLM(run.model)
+    model.encoder.recompute_blocks = run.train.activation_checkpointing
+    batch = micro_batch(run)
+    tokens = len(batch.input_ids)
+    # The counter knows attention on the CPU only as the matrix products of its plain implementation.
+    plain = patch("moe.attention.varlen.choose_kernel", return_value="loop")
+    with plain, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        output = model(batch.input_ids, batch=batch.batch, target_index=batch.target_index)
+        count = torch.tensor(tokens)
+        losses = {name: router.config.losses for name, router in model.encoder.routers().items()}
+        totals = {
+            name: RoutingTotals(stats.assigned, stats.prob_sum.detach(), count, stats.sequences)
+            for name, stats in output.routing.items()
+        }
+        loss, _ = masked_lm_objective(output, batch.targets, torch.tensor(len(batch.targets)), losses, totals, 0)
+        loss.backward()
+    # Elementwise by nature, but written as a batched product. Recomputation stops before it where nothing follows.
+    combine = sum(
+        2 * tokens * ff.router.mean_choices(ff.count) * run.model.width * (3 + recomputed(run, ff))
+        for ff in (block.feed_forward for block in run.model.blocks())
+        if isinstance(ff, ExpertsConfig)
+    )
+    return counter.get_total_flops() - int(combine)
+
+
+def recomputed(run: RunConfig, ff: ExpertsConfig) -> bool:
+    return run.train.activation_checkpointing and ff.shared_width > 0
+
+
+@settings(max_examples=10)
+@given(
+    routed=st.sampled_from([{}, ROUTED, experts(5, 1, 24, backend="loop"), experts(6, 3, 8, backend="loop")]),
+    checkpointing=st.booleans(),
+    length=st.sampled_from([8, 21, 64]),
+    rate=st.sampled_from([0.1, 0.5]),
+    overrides=st.sampled_from([[], [{"layers": [0], "feed_forward": {"kind": "dense", "activation": "geglu"}}]]),
+)
+def test_flops_of_a_step_equal_those_torch_counts(
+    routed: dict[str, Any], checkpointing: bool, length: int, rate: float, overrides: list[Any]
+) -> None:
+    run = small_run(
+        **routed,
+        model__overrides=overrides,
+        data__max_length=length,
+        data__masking__rate=rate,
+        train__activation_checkpointing=checkpointing,
+        train__step_tokens=3 * length,
+        train__micro_batch_tokens=3 * length,
+    )
+    assert counted_flops(run) == pytest.approx(3 * length * flops_per_token(run).total, rel=1e-12)

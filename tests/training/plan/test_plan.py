@@ -1,0 +1,130 @@
+"""What a plan concludes, and what `moe plan` prints and refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from routing.errors import UserError
+from tests.training.conftest import ROOT, write_yaml
+from tests.training.plan.runs import experts, small_run
+from training.cli import main
+from training.config import RunConfig, load_run_config
+from training.plan.plan import best, expert_sizes, make_plan, over_experts, over_stages
+from training.plan.specs import GPUS, find_gpu
+
+H100 = GPUS["h100"]
+LARGE = load_run_config(ROOT / "configs" / "large-64e.yaml", [])
+
+
+def test_times_follow_from_the_figures() -> None:
+    plan = make_plan(small_run(), 1, H100, 0.5)
+    assert plan.step_tokens == 2048
+    assert plan.times.update == pytest.approx(7 * 4 * plan.parameters.total / 3.35e12)
+    assert plan.times.compute == pytest.approx(max(plan.reading, plan.flops.total * 2048 / (0.5 * 67e12)))
+    assert plan.seconds == pytest.approx(plan.times.compute + plan.times.update)  # nobody to talk to
+    assert plan.days == pytest.approx(plan.seconds * 1000 / 86_400)
+
+
+def test_what_binds() -> None:
+    tiny_steps = small_run(**experts(64, 1, 1024), train__micro_batch_tokens=128, train__step_tokens=128)
+    assert make_plan(tiny_steps, 1, H100, 0.4).binds == "memory bandwidth"  # two rows an expert: weights are read
+    assert make_plan(LARGE, 32, H100, 0.4).binds == "compute"
+    assert make_plan(LARGE, 2048, H100, 0.4).binds == "gradients"
+    crossing = [plan for plan in over_experts(LARGE, 64, H100, 0.4) if plan.expert == 64]
+    assert [plan.binds for plan in crossing] == ["all-to-all"]
+    assert make_plan(LARGE, 32, GPUS["cpu"], 0.4).binds == "memory size"
+
+
+def test_a_rank_holds_its_share() -> None:
+    whole, shared = (make_plan(with_expert(LARGE, n), 64, H100, 0.4) for n in (1, 8))
+    assert whole.here == whole.parameters.total
+    assert shared.here == whole.here - whole.parameters.experts * 7 // 8
+    assert shared.memory.weights == 4 * shared.here
+    assert shared.memory.optimizer == whole.memory.optimizer == 12 * whole.here / 64  # ZeRO-1 spreads it anyway
+
+
+def with_expert(run: RunConfig, expert: int) -> RunConfig:
+    return run.model_copy(update={"parallel": run.parallel.model_copy(update={"expert": expert})})
+
+
+def test_zero_stages_hold_ever_less() -> None:
+    plans = over_stages(LARGE, 64, H100, 0.4)
+    assert [plan.zero_stage for plan in plans] == [0, 1, 2, 3]
+    held = [plan.memory.weights + plan.memory.gradients + plan.memory.optimizer for plan in plans]
+    assert held == sorted(held, reverse=True)
+
+
+def test_the_sweep_covers_what_divides_gpus_and_experts() -> None:
+    assert expert_sizes(LARGE, 48) == [1, 2, 4, 8, 16]
+    assert expert_sizes(LARGE, 2048) == [1, 2, 4, 8, 16, 32, 64]
+    assert expert_sizes(small_run(), 8) == [1]  # nothing is routed
+    assert expert_sizes(small_run(**experts(6)), 12) == [1, 2, 3, 6]
+    plans = over_experts(LARGE, 2048, H100, 0.4)
+    assert best(plans).seconds == min(plan.seconds for plan in plans if plan.fits)
+
+
+def test_the_best_fits_if_any_does() -> None:
+    plans = over_experts(LARGE, 32, H100._replace(memory=20e9), 0.4)
+    assert not plans[0].fits  # though it is the fastest
+    assert best(plans).fits
+    hopeless = over_experts(LARGE, 32, H100._replace(memory=1e9), 0.4)
+    assert best(hopeless) == min(hopeless, key=lambda plan: plan.memory.total)
+
+
+def test_unknown_kinds_are_refused() -> None:
+    with pytest.raises(UserError, match=r"--gpu b200 isn't known; choose one of h100, h200, a100, cpu"):
+        find_gpu("b200")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "0"], "--gpus is 0; give a number of at least 1"),
+        (["--gpus", "2", "--efficiency", "40"], "--efficiency is 40; give the share of the peak"),
+        (["--gpus", "2", "--gpu", "v100"], "--gpu v100 isn't known"),
+        (["parallel.expert=16", "--gpus", "24"], "with --gpus 24 valid sizes are 1, 2, 4, 8"),
+        (["--gpus", "4096"], "raise train.step_tokens to at least 4194304, or plan for at most 2048 GPUs"),
+        (["parallel.experts=3", "--gpus", "8"], "did you mean 'expert'?"),
+        (["--gpus", "8", "--json", "/nowhere/plan.json"], "cannot write /nowhere/plan.json"),
+    ],
+)
+def test_mistakes_are_told(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(ROOT / "configs" / "large-64e.yaml"), *words]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("moe plan: ")
+    assert message in errors
+
+
+def test_what_does_not_fit_is_printed_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train.micro_batch_tokens=262144", "train.activation_checkpointing=false", "--gpus", "8"]
+    assert main(["plan", str(ROOT / "configs" / "large-64e.yaml"), *words]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Does not fit" in printed
+    assert "most of it activations. Lower train.micro_batch_tokens, or set train.activation_checkpointing" in printed
+    assert "none does" in printed
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_can_be_planned(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(config), "--gpus", "8", "--json", str(tmp_path / "plan.json")]) == 0
+    printed = capsys.readouterr().out
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert f"{sum(written['plan']['parameters'].values()):,}" in printed
+    assert written["plan"]["memory_total"] > 0
+    assert len(written["sweep"]) == 4
+    assert len(written["stages"]) == 4
+
+
+def test_planning_needs_no_training_engine(tmp_path: Path) -> None:
+    config = write_yaml(tmp_path / "run.yaml", {"run_dir": "none"})
+    code = (
+        "import sys; from training.cli import main; code = main(sys.argv[1:]); "
+        "print(sorted({'deepspeed', 'matplotlib', 'tensorboard'} & set(sys.modules))); sys.exit(code)"
+    )
+    words = [sys.executable, "-c", code, "plan", str(config), "--gpus", "1"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,98 @@
+"""Parameters by kind, and the floating-point operations of a step: exact, from the config alone."""
+
+from typing import NamedTuple
+
+from moe.config import BlockConfig, DenseConfig, EncoderConfig, ExpertsConfig
+from training.config import RunConfig
+
+
+class Parameters(NamedTuple):
+    """How many there are of each kind."""
+
+    embeddings: int
+    attention: int
+    dense: int  # feed-forward networks that every token passes, shared experts among them
+    experts: int
+    router: int
+    norms: int
+    head: int  # without the output layer, which is the embedding
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def count_parameters(model: EncoderConfig) -> Parameters:
+    """Of the encoder and its masked-LM head."""
+    width = model.width
+    dense = experts = router = 0
+    for block in model.blocks():
+        ff = block.feed_forward
+        if isinstance(ff, DenseConfig):
+            dense += ff.num_params(width)
+            continue
+        router += ff.router.num_params(width, ff.count)
+        dense += shared_params(ff, width)
+        experts += ff.count * expert_params(ff, width)
+    return Parameters(
+        embeddings=model.vocab_size * width,
+        attention=sum(block.attention.num_params(width) for block in model.blocks()),
+        dense=dense,
+        experts=experts,
+        router=router,
+        norms=(2 + 2 * model.depth) * width,
+        head=width * width + width + model.vocab_size,  # dense, norm, and a bias for each word
+    )
+
+
+def expert_params(ff: ExpertsConfig, width: int) -> int:
+    """Of one expert."""
+    return DenseConfig(width=ff.width, activation=ff.activation).num_params(width)
+
+
+def shared_params(ff: ExpertsConfig, width: int) -> int:
+    """Of the expert that every token passes."""
+    return DenseConfig(width=ff.shared_width, activation=ff.activation).num_params(width) if ff.shared_width else 0
+
+
+def active_parameters(model: EncoderConfig) -> int:
+    """Those that one token meets, the head's among them."""
+    return model.num_active_params() + count_parameters(model).head
+
+
+class Flops(NamedTuple):
+    """Of one token of a full sequence: multiplications and additions of matrix products, two per multiply-add."""
+
+    forward: float
+    backward: float  # two products for each one of forward
+    recomputed: float  # forward products done again under activation checkpointing; 0 without
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def flops_per_token(run: RunConfig) -> Flops:
+    """Of a training step, per token, if every sequence has `data.max_length` tokens.
+
+    Attention counts its plain products, `Q K^T` and `P V`, though a fused kernel computes the first once more in
+    backward.
+    """
+    model, length = run.model, run.data.max_length
+    blocks = model.flops_per_token(length)
+    head = targets_per_sequence(run) / length * 2 * model.width * (model.width + model.vocab_size)
+    recomputed = 0.0
+    if run.train.activation_checkpointing:
+        recomputed = blocks - sum(_not_recomputed(block, model.width) for block in model.blocks())
+    return Flops(blocks + head, 2 * (blocks + head), recomputed)
+
+
+def targets_per_sequence(run: RunConfig) -> int:
+    """Masked positions of a full sequence, whose first and last token are never masked."""
+    return max(1, round(run.data.masking.rate * (run.data.max_length - 2)))
+
+
+def _not_recomputed(block: BlockConfig, width: int) -> int:
+    """A block's last product, which every token passes: recomputation stops once backward has what it needs."""
+    ff = block.feed_forward
+    return 2 * width * (ff.width if isinstance(ff, DenseConfig) else ff.shared_width)
