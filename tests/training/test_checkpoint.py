@@ -424,8 +424,8 @@ def two_ranks(configs: tuple[Path, Path], one_rank: Path, tmp_path_factory: pyte
     noisy, exact = configs
     out = tmp_path_factory.mktemp("two_ranks")
     halfway = one_rank / "exact" / "checkpoints" / "step-000002"
-    elsewhere = [f"{exact},from_one{n},{n},{halfway}" for n in STAGES]
-    run_ranks(2, "pretrain_all", str(out), f"{exact},exact,3", *elsewhere, *whole_and_resumed(noisy, out))
+    elsewhere = [f"{exact},from_one{n},{n}/{expert},{halfway}" for n, expert in zip(STAGES, (2, 1, 2, 2), strict=True)]
+    run_ranks(2, "pretrain_all", str(out), f"{exact},exact,3/2", *elsewhere, *whole_and_resumed(noisy, out))
     return out
 
 

@@ -117,12 +117,13 @@ def record(config: str, out: str, *variants: str) -> None:
 
 
 def pretrain_all(out: str, *cases: str) -> None:
-    """For each case `CONFIG,NAME,zero_stage[,CHECKPOINT]` pre-train in `OUT/NAME`, from the checkpoint."""
+    """For each case `CONFIG,NAME,zero_stage[/expert][,CHECKPOINT]` pre-train in `OUT/NAME`, from the checkpoint."""
     for case in cases:
-        config, name, stage, *source = case.split(",")
+        config, name, parallel, *source = case.split(",")
+        stage, _, expert = parallel.partition("/")
         data = yaml.safe_load(Path(config).read_text())
         data["run_dir"] = str(Path(out) / name)
-        data["parallel"] = {"zero_stage": int(stage)}
+        data["parallel"] = {"zero_stage": int(stage), "expert": int(expert or 1)}
         data["checkpoint"]["resume"] = source[0] if source else "auto"
         pretrain(RunConfig.model_validate(data))
 
@@ -172,7 +173,6 @@ def fail_to_save(config: str, out: str) -> None:
         error = failing()
         assert (type(error), str(error)) == (step.NonFiniteLoss, name), error
         parameter.data.flatten()[0] = 0.0
-    stop_processes()
 
 
 def record_routers(config: str, out: str, *routers: str) -> None:
