@@ -198,7 +198,8 @@ def _experts(ff: ExpertsConfig, s: Setting) -> Part:
         return Part(
             saved=(2 * row or own) + plan + rows * s.size * columns,
             forward=rows * s.size * (width + (hidden if s.cuda else 0)) + made + moved,
-            backward=rows * s.size * (columns + hidden + width) + made + moved,
+            # On a CPU the hidden rows' gradients wait in a thread's scratch, one expert's at a time.
+            backward=rows * s.size * (width + (columns + hidden if s.cuda else 0)) + made + moved,
             casts=0,
             parameters=parameters,
             largest=parameters,
