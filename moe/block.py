@@ -1,20 +1,28 @@
 """One encoder layer. Shape legend in `routing/types.py`."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from moe.attention.softmax import SoftmaxAttention
+from moe.attention.kinds import build_attention
 from moe.batch import PackedBatch
 from moe.config import BlockConfig, DenseConfig
 from moe.experts.layer import MoEFeedForward
 from moe.feed_forward import FeedForward
+from routing import Router
 from routing.types import RoutingStats, Tokens
 
 
 class BlockOutput(NamedTuple):
     x: Tensor  # [T, D]
-    routing: dict[str, RoutingStats]  # by what was routed: "experts"
+    routing: dict[str, RoutingStats]  # by what was routed: "heads", "experts"
+
+
+@runtime_checkable
+class Routed(Protocol):
+    """A sublayer with a router."""
+
+    router: Router
 
 
 class EncoderBlock(nn.Module):
@@ -23,7 +31,7 @@ class EncoderBlock(nn.Module):
     def __init__(self, config: BlockConfig, width: int, dropout: float, norm_eps: float) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width, eps=norm_eps, bias=False)
-        self.attention = SoftmaxAttention(config.attention, width)
+        self.attention = build_attention(config.attention, width)
         self.feed_forward_norm = nn.LayerNorm(width, eps=norm_eps, bias=False)
         ff = config.feed_forward
         self.feed_forward = (
@@ -34,7 +42,7 @@ class EncoderBlock(nn.Module):
     def forward(self, x: Tensor, batch: PackedBatch, tokens: Tokens) -> BlockOutput:
         """`[T, D]` -> `[T, D]` with the statistics of what was routed."""
         routing: dict[str, RoutingStats] = {}
-        mixed, heads = self.attention(self.attention_norm(x), batch)
+        mixed, heads = self.attention(self.attention_norm(x), batch, tokens)
         if heads is not None:
             routing["heads"] = heads
         x = x + self.dropout(mixed)
@@ -44,3 +52,8 @@ class EncoderBlock(nn.Module):
         else:
             fed = self.feed_forward(normed)
         return BlockOutput(x + self.dropout(fed), routing)
+
+    def routers(self) -> dict[str, Router]:
+        """By what they route, as in `BlockOutput.routing`."""
+        sublayers = {"heads": self.attention, "experts": self.feed_forward}
+        return {kind: layer.router for kind, layer in sublayers.items() if isinstance(layer, Routed)}

@@ -1,93 +1,31 @@
 """The encoder's config tree, and what a config costs: parameters and floating-point operations.
 
-Every part counts itself: `num_params` (all), `num_active_params` (those one token meets) and
-`flops_per_token` (forward, two per multiply-add of a matrix product; elementwise work isn't counted).
+What a layer can be made of has its config beside its module; here they come together. Every part counts itself:
+`num_params` (all), `num_active_params` (those one token meets) and `flops_per_token` (forward, two per multiply-add of
+a matrix product; elementwise work isn't counted).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from routing.config import Config, RouterConfig, TokenChoiceConfig
+from moe.attention.kinds import AttentionConfig
+from moe.attention.softmax import SoftmaxAttentionConfig
+from moe.experts.config import Backend, ExpertsConfig
+from moe.feed_forward import Activation, DenseConfig
+from routing.config import Config
 
-Activation = Literal["gelu", "swiglu", "geglu"]
-Backend = Literal["auto", "loop", "torch", "cpu", "triton"]  # of the experts' arithmetic: see moe/experts/mixture.py
-
-
-class RotaryConfig(Config):
-    """Rotary positions (arXiv 2104.09864)."""
-
-    kind: Literal["rotary"] = "rotary"
-    theta: float = Field(default=10_000.0, gt=1)
-
-
-class SoftmaxAttentionConfig(Config):
-    """Bidirectional softmax attention over a sequence's own tokens."""
-
-    kind: Literal["softmax"] = "softmax"
-    heads: int = Field(default=4, ge=1)
-    positions: RotaryConfig = RotaryConfig()
-
-    def num_params(self, width: int) -> int:
-        return 4 * width * width
-
-    def flops_per_token(self, width: int, length: int) -> int:
-        """Projections, and scores and mixing over the `length` tokens of the token's sequence."""
-        return 2 * self.num_params(width) + 4 * length * width
-
-
-def _hidden_matrices(activation: Activation) -> int:
-    """Matrices between model width and hidden width: up and down, and a gate if gated."""
-    return 2 if activation == "gelu" else 3
-
-
-class DenseConfig(Config):
-    """A feed-forward network that every token passes."""
-
-    kind: Literal["dense"] = "dense"
-    width: int = Field(default=1024, ge=1)  # hidden width; gated activations have two inputs of it
-    activation: Activation = "gelu"
-
-    def num_params(self, width: int) -> int:
-        return _hidden_matrices(self.activation) * width * self.width
-
-    def num_active_params(self, width: int) -> int:
-        return self.num_params(width)
-
-    def flops_per_token(self, width: int) -> int:
-        return 2 * self.num_params(width)
-
-
-class ExpertsConfig(Config):
-    """A mixture of experts: the router sends every token to some of `count` feed-forward networks."""
-
-    kind: Literal["experts"] = "experts"
-    count: int = Field(default=8, ge=1)
-    width: int = Field(default=512, ge=1)  # hidden width of one expert
-    activation: Activation = "gelu"
-    shared_width: int = Field(default=0, ge=0)  # hidden width of an expert that every token passes; 0: none
-    router: RouterConfig = TokenChoiceConfig()
-    backend: Backend = "auto"
-
-    @model_validator(mode="after")
-    def _router_serves_them(self) -> "ExpertsConfig":
-        self.router.check(self.count)
-        return self
-
-    def num_params(self, width: int) -> int:
-        return self._params(width, experts=self.count)
-
-    def num_active_params(self, width: int) -> int:
-        return self._params(width, experts=self.router.mean_choices(self.count))
-
-    def flops_per_token(self, width: int) -> int:
-        matrices = self.num_active_params(width) - self.router.num_params(width, self.count)
-        return 2 * matrices + self.router.flops_per_token(width, self.count)
-
-    def _params(self, width: int, experts: float) -> int:
-        hidden = round(experts * self.width) + self.shared_width
-        return self.router.num_params(width, self.count) + _hidden_matrices(self.activation) * width * hidden
-
+__all__ = [
+    "Activation",
+    "AttentionConfig",
+    "Backend",
+    "BlockConfig",
+    "DenseConfig",
+    "EncoderConfig",
+    "ExpertsConfig",
+    "FeedForwardConfig",
+    "SoftmaxAttentionConfig",
+]
 
 FeedForwardConfig = Annotated[DenseConfig | ExpertsConfig, Field(discriminator="kind")]
 
@@ -95,7 +33,7 @@ FeedForwardConfig = Annotated[DenseConfig | ExpertsConfig, Field(discriminator="
 class BlockConfig(Config):
     """What one layer is made of."""
 
-    attention: SoftmaxAttentionConfig = SoftmaxAttentionConfig()
+    attention: AttentionConfig = SoftmaxAttentionConfig()
     feed_forward: FeedForwardConfig = DenseConfig()
 
 
@@ -110,7 +48,7 @@ class BlockOverride(Config):
     """What some layers are made of instead: an attention or feed-forward that is given replaces the block's whole."""
 
     layers: EveryNth | tuple[int, ...]
-    attention: SoftmaxAttentionConfig | None = None
+    attention: AttentionConfig | None = None
     feed_forward: FeedForwardConfig | None = None
 
     def covers(self, layer: int) -> bool:
@@ -152,7 +90,8 @@ class EncoderConfig(Config):
     def num_active_params(self) -> int:
         """Parameters that one token meets: unchosen experts left out."""
         blocks = sum(
-            b.attention.num_params(self.width) + b.feed_forward.num_active_params(self.width) for b in self.blocks()
+            b.attention.num_active_params(self.width) + b.feed_forward.num_active_params(self.width)
+            for b in self.blocks()
         )
         return self._embeddings_and_norms() + blocks
 
@@ -183,11 +122,8 @@ class EncoderConfig(Config):
                     f"0 to {self.depth - 1}"
                 )
         for layer, block in enumerate(self.blocks()):
-            heads = block.attention.heads
-            if self.width % (2 * heads):
-                valid = [str(h) for h in range(1, self.width + 1) if self.width % (2 * h) == 0]
-                raise ValueError(
-                    f"layer {layer}: width {self.width} does not divide into {heads} heads of even width "
-                    f"(rotary positions turn pairs); valid numbers of heads: {', '.join(valid) or 'none'}"
-                )
+            try:
+                block.attention.check(self.width)
+            except ValueError as error:
+                raise ValueError(f"layer {layer}: {error}") from None
         return self

@@ -10,13 +10,12 @@ from moe.batch import PackedBatch, pack, unpack
 from moe.block import EncoderBlock
 from moe.config import EncoderConfig
 from moe.embeddings import Embeddings
-from moe.experts.layer import MoEFeedForward
 from routing import Router, RoutingStats, Tokens
 
 
 class EncoderOutput(NamedTuple):
     last_hidden_state: Tensor  # [B, L, D], zero at padding; [T, D] for packed input
-    routing: dict[str, RoutingStats]  # "3.experts": layer 3's expert router
+    routing: dict[str, RoutingStats]  # "3.experts", "3.heads": layer 3's routers
 
 
 class Encoder(nn.Module):
@@ -74,7 +73,8 @@ class Encoder(nn.Module):
     def routers(self) -> dict[str, Router]:
         """Every router, under the name of its statistics in `EncoderOutput.routing`."""
         return {
-            f"{layer}.experts": block.feed_forward.router
+            f"{layer}.{kind}": router
             for layer, block in enumerate(self.blocks)
-            if isinstance(block, EncoderBlock) and isinstance(block.feed_forward, MoEFeedForward)
+            if isinstance(block, EncoderBlock)
+            for kind, router in block.routers().items()
         }

@@ -1,9 +1,36 @@
 """The dense feed-forward network, and the activations that experts share with it."""
 
+from typing import Literal
+
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe.config import Activation
+from routing.config import Config
+
+Activation = Literal["gelu", "swiglu", "geglu"]
+
+
+def hidden_matrices(activation: Activation) -> int:
+    """Matrices between model width and hidden width: up and down, and a gate if gated."""
+    return 2 if activation == "gelu" else 3
+
+
+class DenseConfig(Config):
+    """A feed-forward network that every token passes."""
+
+    kind: Literal["dense"] = "dense"
+    width: int = Field(default=1024, ge=1)  # hidden width; gated activations have two inputs of it
+    activation: Activation = "gelu"
+
+    def num_params(self, width: int) -> int:
+        return hidden_matrices(self.activation) * width * self.width
+
+    def num_active_params(self, width: int) -> int:
+        return self.num_params(width)
+
+    def flops_per_token(self, width: int) -> int:
+        return 2 * self.num_params(width)
 
 
 def input_width(hidden: int, activation: Activation) -> int:

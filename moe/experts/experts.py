@@ -5,7 +5,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from moe.config import ExpertsConfig
+from moe.experts.config import ExpertsConfig
 from moe.experts.dispatch import DispatchPlan
 from moe.experts.mixture import choose_mixture
 from moe.feed_forward import input_width

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from moe.config import ExpertsConfig
+from moe.experts.config import ExpertsConfig
 from moe.experts.dispatch import plan_rows
 from moe.experts.experts import Experts
 from moe.feed_forward import FeedForward

@@ -10,14 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moe.config import Activation, Backend
+from moe.experts.config import Backend
 from moe.experts.cpu.build import why_unavailable
 from moe.experts.cpu.mixture import cpu_mixture, serves
 from moe.experts.dispatch import DispatchPlan, combine_rows
 from moe.experts.fastest import fastest
 from moe.experts.grouped_linear import GroupedLinear, loop_grouped_linear, torch_grouped_linear
 from moe.experts.triton_mixture import triton_available, triton_mixture
-from moe.feed_forward import activate
+from moe.feed_forward import Activation, activate
 from routing.errors import UserError
 
 

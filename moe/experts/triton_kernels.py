@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe.config import Activation
 from moe.experts.dispatch import DispatchPlan
+from moe.feed_forward import Activation
 
 # The interpreter wants no tuning, but several tiles in small tests.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)

@@ -16,8 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from moe.config import Activation
 from moe.experts.dispatch import DispatchPlan
+from moe.feed_forward import Activation
 from routing.errors import UserError
 
 

@@ -30,7 +30,7 @@ def test_is_pre_norm_attention_then_feed_forward_on_a_residual(feed_forward: dic
     def norm(z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(z, (8,)) * weight
 
-    mixed = x + block.attention(norm(x, block.attention_norm.weight), batch)[0]
+    mixed = x + block.attention(norm(x, block.attention_norm.weight), batch, tokens)[0]
     normed = norm(mixed, block.feed_forward_norm.weight)
     fed = block.feed_forward(normed) if feed_forward is DENSE else block.feed_forward(normed, tokens)
     written = mixed + (fed[0] if isinstance(fed, tuple) else fed)

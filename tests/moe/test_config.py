@@ -32,7 +32,7 @@ def test_overrides_replace_what_they_give_in_the_layers_they_name() -> None:
         block={"feed_forward": {"kind": "dense", "width": 32}},
         overrides=[
             {"layers": {"every": 2, "start": 1}, "feed_forward": EXPERTS},
-            {"layers": [0, 5], "attention": {"heads": 2}},
+            {"layers": [0, 5], "attention": {"kind": "softmax", "heads": 2}},
             {"layers": [3], "feed_forward": {"kind": "dense", "width": 8}},  # a later one wins
         ],
     )
@@ -55,7 +55,7 @@ def test_heads_that_do_not_divide_the_width_are_refused_with_those_that_do() -> 
     with pytest.raises(ValidationError, match=r"layer 0: width 12 .* 5 heads .*valid numbers of heads: 1, 2, 3, 6"):
         EncoderConfig(width=12, block={"attention": {"heads": 5}})
     with pytest.raises(ValidationError, match="layer 2: width 16"):
-        EncoderConfig(width=16, overrides=[{"layers": [2], "attention": {"heads": 3}}])
+        EncoderConfig(width=16, overrides=[{"layers": [2], "attention": {"kind": "softmax", "heads": 3}}])
     with pytest.raises(ValidationError, match="heads of even width"):  # 12 / 4 = 3, and rotary turns pairs
         EncoderConfig(width=12, block={"attention": {"heads": 4}})
 

@@ -7,9 +7,10 @@ of experts, D width, H heads, C channels of a head, E experts, F hidden width, P
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moe.config import BlockConfig, DenseConfig, ExpertsConfig, SoftmaxAttentionConfig
+from moe.config import AttentionConfig, BlockConfig, DenseConfig, ExpertsConfig, SoftmaxAttentionConfig
 from moe.feed_forward import input_width
 from routing import HashConfig
+from routing.errors import UserError
 from training.config import RunConfig
 from training.plan.counts import count_parameters, expert_params, targets_per_sequence
 
@@ -112,7 +113,12 @@ def _norm(s: Setting) -> float:
     return s.tokens * (FLOAT * s.width + 2 * FLOAT)
 
 
-def _attention(config: SoftmaxAttentionConfig, s: Setting) -> Part:
+def _attention(config: AttentionConfig, s: Setting) -> Part:
+    if not isinstance(config, SoftmaxAttentionConfig) or config.bias or config.positions is None:
+        raise UserError(
+            f"what attention of kind {config.kind} keeps in memory isn't known here; plan with kind: softmax, without "
+            "biases and with rotary positions"
+        )
     float_core = s.half and not s.cuda  # on a CPU the core is float32: query, key and value are copied
     core = 3 * FLOAT if float_core else 5 * s.size  # rotated query and key, and all three through the value's view
     # Mixed values: once where one kernel serves all sequences in the dtype of the output projection. In float32 on a

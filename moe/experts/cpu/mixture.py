@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from moe.config import Activation
 from moe.experts.cpu.build import load_kernels, why_unavailable
 from moe.experts.dispatch import DispatchPlan, in_memory
-from moe.feed_forward import input_width
+from moe.feed_forward import Activation, input_width
 from routing.errors import UserError
 
 _ACTIVATIONS: tuple[Activation, ...] = ("gelu", "swiglu", "geglu")  # as numbered in the kernels

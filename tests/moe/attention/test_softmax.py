@@ -4,10 +4,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from moe.attention.softmax import SoftmaxAttention
-from moe.batch import pack_lengths
-from moe.config import RotaryConfig, SoftmaxAttentionConfig
+from moe.attention.softmax import SoftmaxAttention, SoftmaxAttentionConfig
+from moe.batch import PackedBatch, pack_lengths
+from moe.positions.rotary import RotaryConfig
+from routing.types import Tokens
 from tests import oracles
+
+
+def packed(lengths: list[int]) -> tuple[PackedBatch, Tokens]:
+    batch = pack_lengths(lengths)
+    return batch, Tokens(torch.zeros(sum(lengths), dtype=torch.int64), batch.cu_seqlens)
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 100.0])
@@ -15,7 +21,7 @@ def test_values_and_gradients_match_the_oracle(theta: float) -> None:
     lengths = [3, 1, 4]
     layer = SoftmaxAttention(SoftmaxAttentionConfig(heads=2, positions=RotaryConfig(theta=theta)), width=8)
     x = torch.randn(8, 8, requires_grad=True)
-    fast, stats = layer(x, pack_lengths(lengths))
+    fast, stats = layer(x, *packed(lengths))
     assert stats is None
 
     turned, position = {"q": [], "k": [], "v": []}, [n for length in lengths for n in range(length)]
@@ -37,5 +43,5 @@ def test_values_and_gradients_match_the_oracle(theta: float) -> None:
 
 def test_order_within_a_sequence_matters() -> None:
     layer, x = SoftmaxAttention(SoftmaxAttentionConfig(heads=2), width=8), torch.randn(3, 8)
-    forward, backward = layer(x, pack_lengths([3]))[0], layer(x.flip(0), pack_lengths([3]))[0].flip(0)
+    forward, backward = layer(x, *packed([3]))[0], layer(x.flip(0), *packed([3]))[0].flip(0)
     assert (forward - backward).abs().max() > 1e-3

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from moe.positions import rotary_angles, rotate
+from moe.positions.rotary import rotary_angles, rotate
 
 
 def test_literal() -> None:

@@ -1,7 +1,19 @@
-"""Where a token stands. Shape legend in `routing/types.py`; H heads, C channels of a head."""
+"""Rotary positions. Shape legend in `routing/types.py`; H heads, C channels of a head."""
+
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
+
+from routing.config import Config
+
+
+class RotaryConfig(Config):
+    """Queries and keys are turned by their position (arXiv 2104.09864), so scores depend on distances."""
+
+    kind: Literal["rotary"] = "rotary"
+    theta: float = Field(default=10_000.0, gt=1)
 
 
 def rotary_angles(positions: Tensor, channels: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,41 @@
+"""The config of a mixture of experts, and what it costs."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from moe.feed_forward import Activation, hidden_matrices
+from routing.config import Config, RouterConfig, TokenChoiceConfig
+
+Backend = Literal["auto", "loop", "torch", "cpu", "triton"]  # of the experts' arithmetic: see moe/experts/mixture.py
+
+
+class ExpertsConfig(Config):
+    """A mixture of experts: the router sends every token to some of `count` feed-forward networks."""
+
+    kind: Literal["experts"] = "experts"
+    count: int = Field(default=8, ge=1)
+    width: int = Field(default=512, ge=1)  # hidden width of one expert
+    activation: Activation = "gelu"
+    shared_width: int = Field(default=0, ge=0)  # hidden width of an expert that every token passes; 0: none
+    router: RouterConfig = TokenChoiceConfig()
+    backend: Backend = "auto"
+
+    @model_validator(mode="after")
+    def _router_serves_them(self) -> "ExpertsConfig":
+        self.router.check(self.count)
+        return self
+
+    def num_params(self, width: int) -> int:
+        return self._params(width, experts=self.count)
+
+    def num_active_params(self, width: int) -> int:
+        return self._params(width, experts=self.router.mean_choices(self.count))
+
+    def flops_per_token(self, width: int) -> int:
+        matrices = self.num_active_params(width) - self.router.num_params(width, self.count)
+        return 2 * matrices + self.router.flops_per_token(width, self.count)
+
+    def _params(self, width: int, experts: float) -> int:
+        hidden = round(experts * self.width) + self.shared_width
+        return self.router.num_params(width, self.count) + hidden_matrices(self.activation) * width * hidden
