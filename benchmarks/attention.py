@@ -1,11 +1,11 @@
 """Every attention mechanism against full softmax attention and against the transformers layer where there is one.
 
 Whole layers, projections and routers included, width 512 with 8 heads of 64, on full sequences of equal length: ours
-packed, a peer's as the grid that they are (nothing is padded, so nobody works in vain). `limit` is our softmax attention.
-A pass has about `--tokens` tokens, fewer sequences the longer they are. `ratio_to_limit` is the limit's time over the
-contender's: more is faster; `vs NAME` the same over a peer's. `mib` is the peak of what one pass allocates beyond
-parameters and their gradients, `memory_ratio` the limit's over the contender's. `growth` is the exponent g of a sequence's
-time, which grows as S^g, between this length and the one before it: 1 is linear.
+packed, a peer's as the grid that they are (nothing is padded, so nobody works in vain). `limit` is our softmax
+attention. A pass has about `--tokens` tokens, fewer sequences the longer they are. `ratio_to_limit` is the limit's time
+over the contender's: more is faster; `vs NAME` the same over a peer's. `mib` is the peak of what one pass allocates
+beyond parameters and their gradients, `memory_ratio` the limit's over the contender's. `growth` is the exponent g of a
+sequence's time, which grows as S^g, between this length and the one before it: 1 is linear.
 
 The cores alone (`--cores`): softmax attention of given queries, keys and values against the span-based dynamic
 convolution of given values and kernels, all 8 heads.
@@ -25,7 +25,6 @@ from benchmarks.attention_peers import PEERS, Peer
 from benchmarks.common import Row, arguments, device_in_use, interleaved_seconds, save, show, train_call
 from benchmarks.memory import peak_bytes
 from moe.attention.kinds import AttentionConfig, build_attention
-from moe.attention.varlen import varlen_attention
 from moe.batch import pack_lengths, to_device
 from routing.types import Tokens
 
@@ -91,9 +90,7 @@ def _without_gradient(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return forward(x)
 
 
-def measure(
-    made: dict[str, Contender], case: str, length: int, x: Tensor, dtype: str, rounds: int
-) -> Iterator[Row]:
+def measure(made: dict[str, Contender], case: str, length: int, x: Tensor, dtype: str, rounds: int) -> Iterator[Row]:
     for mode in MODES:
         passes = {name: one_pass(contender, x, mode, dtype) for name, contender in made.items()}
         seconds = interleaved_seconds(passes, rounds)

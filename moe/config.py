@@ -13,6 +13,7 @@ from moe.attention.kinds import AttentionConfig
 from moe.attention.softmax import SoftmaxAttentionConfig
 from moe.experts.config import Backend, ExpertsConfig
 from moe.feed_forward import Activation, DenseConfig
+from moe.positions.learned import LearnedPositionsConfig
 from routing.config import Config
 
 __all__ = [
@@ -65,6 +66,7 @@ class EncoderConfig(Config):
     depth: int = Field(default=4, ge=1)
     block: BlockConfig = BlockConfig()
     overrides: tuple[BlockOverride, ...] = ()
+    positions: LearnedPositionsConfig | None = None  # added to the embeddings, beside what attention does itself
     dropout: float = Field(default=0.0, ge=0, lt=1)  # of what each sublayer adds to the residual
     norm_eps: float = Field(default=1e-5, gt=0)
 
@@ -104,7 +106,8 @@ class EncoderConfig(Config):
 
     def _embeddings_and_norms(self) -> int:
         norms = 2 + 2 * self.depth  # after the embedding, before each sublayer, before the head
-        return (self.vocab_size + norms) * self.width
+        positions = self.positions.num_params(self.width) if self.positions else 0
+        return (self.vocab_size + norms) * self.width + positions
 
     @model_validator(mode="after")
     def _fits_together(self) -> "EncoderConfig":

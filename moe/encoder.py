@@ -24,7 +24,7 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embeddings = Embeddings(config.vocab_size, config.width, config.dropout, config.norm_eps)
+        self.embeddings = Embeddings(config.vocab_size, config.width, config.dropout, config.norm_eps, config.positions)
         self.blocks = nn.ModuleList(
             EncoderBlock(block, config.width, config.dropout, config.norm_eps) for block in config.blocks()
         )
@@ -59,7 +59,7 @@ class Encoder(nn.Module):
         return EncoderOutput(unpack(x, batch), routing)
 
     def _encode(self, ids: Tensor, batch: PackedBatch) -> EncoderOutput:
-        x = self.embeddings(ids)
+        x = self.embeddings(ids, batch)
         tokens = Tokens(ids, batch.cu_seqlens)
         routing: dict[str, RoutingStats] = {}
         for layer, block in enumerate(self.blocks):

@@ -154,6 +154,11 @@ class RunConfig(Config):
                 f"train.step_tokens is {self.train.step_tokens} but one sequence may have data.max_length = "
                 f"{self.data.max_length} tokens; raise train.step_tokens"
             )
+        if self.model.positions and self.data.max_length > self.model.positions.max_length:
+            raise ValueError(
+                f"data.max_length is {self.data.max_length} but there are only model.positions.max_length = "
+                f"{self.model.positions.max_length} learned positions; raise it or lower data.max_length"
+            )
         self._experts_can_be_spread()
         return self
 

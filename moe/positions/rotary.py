@@ -1,6 +1,7 @@
 """Rotary positions. Shape legend in `routing/types.py`; H heads, C channels of a head."""
 
-from typing import Literal
+from math import ceil, floor, log, pi
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -9,22 +10,66 @@ from torch import Tensor
 from routing.config import Config
 
 
+class LinearScalingConfig(Config):
+    """Positions divided by `factor` (position interpolation, arXiv 2306.15595, eq. 4)."""
+
+    kind: Literal["linear"] = "linear"
+    factor: float = Field(gt=1)
+
+
+class NtkScalingConfig(Config):
+    """A larger base, so that the slowest pair turns `factor` times as slowly and the fastest as ever (NTK-aware)."""
+
+    kind: Literal["ntk"] = "ntk"
+    factor: float = Field(gt=1)
+
+
+class YarnScalingConfig(Config):
+    """Slow pairs interpolated, fast ones left alone, scores sharpened (YaRN, arXiv 2309.00071, section 3.4).
+
+    A pair that turns more than `fast` times within `trained_length` is left alone; one that turns less than `slow`
+    times is interpolated.
+    """
+
+    kind: Literal["yarn"] = "yarn"
+    factor: float = Field(gt=1)
+    trained_length: int = Field(ge=1)  # tokens, before the extension
+    fast: float = Field(default=32.0, gt=0)
+    slow: float = Field(default=1.0, gt=0)
+
+
+ScalingConfig = Annotated[LinearScalingConfig | NtkScalingConfig | YarnScalingConfig, Field(discriminator="kind")]
+
+
 class RotaryConfig(Config):
-    """Queries and keys are turned by their position (arXiv 2104.09864), so scores depend on distances."""
+    """Queries and keys are turned by their position (arXiv 2104.09864), so scores depend on distances.
+
+    `scaling` stretches positions, for longer sequences than a model was trained on.
+    """
 
     kind: Literal["rotary"] = "rotary"
     theta: float = Field(default=10_000.0, gt=1)
+    scaling: ScalingConfig | None = None
+
+    def num_params(self, heads: int, channels: int) -> int:
+        return 0
+
+    def flops_per_token(self, heads: int, channels: int) -> int:
+        return 0
 
 
-def rotary_angles(positions: Tensor, channels: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_angles(positions: Tensor, channels: int, config: RotaryConfig) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles, each `[T, C/2]` float32 (RoFormer, arXiv 2104.09864, eq. 15).
 
     Computed from the positions at each call: exact in float32 whatever dtype the model was cast to, and for
-    sequences of any length.
+    sequences of any length. YaRN's are longer than 1, which sharpens the scores.
     """
-    frequencies = theta ** (-torch.arange(0, channels, 2, device=positions.device).float() / channels)
-    angles = positions.float()[:, None] * frequencies
-    return angles.cos(), angles.sin()
+    angles = positions.float()[:, None] * _frequencies(config, channels, positions.device)
+    cos, sin = angles.cos(), angles.sin()
+    if isinstance(config.scaling, YarnScalingConfig):
+        sharper = 0.1 * log(config.scaling.factor) + 1  # arXiv 2309.00071, eq. 22; of query and key each
+        return cos * sharper, sin * sharper
+    return cos, sin
 
 
 def rotate(x_thc: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -32,3 +77,30 @@ def rotate(x_thc: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.to(x_thc.dtype)[:, None], sin.to(x_thc.dtype)[:, None]
     first, second = x_thc.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _frequencies(config: RotaryConfig, channels: int, device: torch.device) -> Tensor:
+    """`[C/2]` float32, radians a token."""
+    exponents = torch.arange(0, channels, 2, device=device).float() / channels
+    scaling, theta = config.scaling, config.theta
+    match scaling:
+        case None:
+            return theta**-exponents
+        case LinearScalingConfig():
+            return theta**-exponents / scaling.factor
+        case NtkScalingConfig():
+            slowest = channels / max(1, channels - 2)  # exponent that stretches the last pair by just the factor
+            return (theta * scaling.factor**slowest) ** -exponents
+        case YarnScalingConfig():
+            frequencies = theta**-exponents
+            first = floor(_pair_that_turns(scaling.fast, scaling, channels, theta))
+            last = ceil(_pair_that_turns(scaling.slow, scaling, channels, theta))
+            first, last = max(first, 0), min(last, channels - 1)
+            pairs = torch.arange(len(exponents), device=device).float()
+            slow = ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)  # 0: left alone, 1: interpolated
+            return frequencies * (1 - slow) + frequencies / scaling.factor * slow
+
+
+def _pair_that_turns(times: float, scaling: YarnScalingConfig, channels: int, theta: float) -> float:
+    """Index of the channel pair that turns so often within the trained length (arXiv 2309.00071, eq. 13 solved)."""
+    return channels * log(scaling.trained_length / (times * 2 * pi)) / (2 * log(theta))

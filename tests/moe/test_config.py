@@ -122,12 +122,16 @@ experts = st.integers(1, 6).flatmap(
     )
 )
 feed_forwards = st.one_of(dense, experts)
+positions = st.sampled_from(
+    [None, {"kind": "rotary"}, {"kind": "t5"}, {"kind": "alibi"}, {"kind": "shaw"}, {"kind": "shaw", "values": False}]
+)
 configs = st.builds(
-    lambda ff, other, depth, vocab, heads: EncoderConfig(
+    lambda ff, other, depth, vocab, heads, near, bias, absolute: EncoderConfig(
         vocab_size=vocab,
         width=12,
         depth=depth,
-        block={"feed_forward": ff, "attention": {"heads": heads}},
+        block={"feed_forward": ff, "attention": {"heads": heads, "positions": near, "bias": bias}},
+        positions=absolute,
         overrides=[{"layers": {"every": 2}, "feed_forward": other}],
     ),
     feed_forwards,
@@ -135,6 +139,9 @@ configs = st.builds(
     depth=st.integers(1, 3),
     vocab=st.integers(1, 50),
     heads=st.sampled_from([1, 2, 3, 6]),
+    near=positions,
+    bias=st.booleans(),
+    absolute=st.sampled_from([None, {"max_length": 20}]),
 )
 
 

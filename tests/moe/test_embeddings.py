@@ -1,11 +1,20 @@
 """Token embeddings."""
 
+import pytest
 import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
+from transformers import BertConfig
+from transformers.models.bert.modeling_bert import BertEmbeddings
 
+from moe.batch import PackedBatch, pack_lengths
 from moe.embeddings import Embeddings
+from moe.positions.learned import LearnedPositionsConfig
 from tests.oracles import gradients
+
+
+def batch_of(ids: torch.Tensor) -> PackedBatch:
+    return pack_lengths([len(ids)])
 
 
 def test_looks_up_and_normalises() -> None:
@@ -14,16 +23,42 @@ def test_looks_up_and_normalises() -> None:
     rows = torch.stack([table[i] for i in ids.tolist()])
     written = (rows - rows.mean(-1, keepdim=True)) / (rows.var(-1, keepdim=True, correction=0) + 1e-5).sqrt() * scale
     upstream, inputs = [torch.randn(3, 8)], dict(layer.named_parameters())
-    assert_close(layer(ids), written)
-    assert_close(gradients(layer(ids), inputs, upstream), gradients(written, inputs, upstream), rtol=1e-4, atol=1e-4)
+    assert_close(layer(ids, batch_of(ids)), written)
+    assert_close(
+        gradients(layer(ids, batch_of(ids)), inputs, upstream),
+        gradients(written, inputs, upstream),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_drops_out_in_training_only() -> None:
     layer, ids = Embeddings(vocab_size=10, width=200, dropout=0.5, norm_eps=1e-5), torch.arange(10)
-    assert 0.45 < (layer(ids) == 0).float().mean() < 0.55
+    assert 0.45 < (layer(ids, batch_of(ids)) == 0).float().mean() < 0.55
     table = layer.tokens.weight[ids]
-    assert_close(layer.eval()(ids), F.layer_norm(table, (200,), layer.norm.weight))
+    assert_close(layer.eval()(ids, batch_of(ids)), F.layer_norm(table, (200,), layer.norm.weight))
 
 
 def test_starts_at_berts_scale() -> None:
     assert_close(Embeddings(1000, 64, 0.0, 1e-5).tokens.weight.std(), torch.tensor(0.02), rtol=0.02, atol=0)
+
+
+def test_learned_positions_are_those_within_the_sequence() -> None:
+    layer = Embeddings(10, 8, 0.0, 1e-5, LearnedPositionsConfig(max_length=3))
+    ids, batch = torch.tensor([1, 2, 3, 4]), pack_lengths([3, 1])
+    rows = layer.tokens.weight[ids] + layer.positions.weight[[0, 1, 2, 0]]
+    assert_close(layer(ids, batch), F.layer_norm(rows, (8,), layer.norm.weight))
+    with pytest.raises(ValueError, match="a sequence of 4 tokens, but there are learned positions for 3"):
+        layer(ids, pack_lengths([4]))
+
+
+def test_berts_embeddings_without_segments() -> None:
+    theirs = BertEmbeddings(
+        BertConfig(vocab_size=10, hidden_size=8, max_position_embeddings=6, layer_norm_eps=1e-5)
+    ).eval()
+    theirs.token_type_embeddings.weight.data.zero_()
+    ours = Embeddings(10, 8, 0.0, 1e-5, LearnedPositionsConfig(max_length=6))
+    ours.tokens.weight.data = theirs.word_embeddings.weight.data
+    ours.positions.weight.data = theirs.position_embeddings.weight.data
+    ids = torch.tensor([4, 2, 2, 9])
+    assert_close(ours(ids, batch_of(ids)), theirs(ids[None])[0])

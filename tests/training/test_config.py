@@ -132,6 +132,10 @@ def test_an_unknown_key_is_named_by_its_path_with_the_nearest_valid_one(
             ["data.tokenizer.vocab_size is 9000 but the embedding has model.vocab_size = 8192 rows"],
         ),
         (
+            "model.positions={max_length: 100}",
+            ["data.max_length is 128 but there are only model.positions.max_length = 100 learned positions"],
+        ),
+        (
             "train.step_tokens=100",
             ["train.step_tokens is 100 but one sequence may have data.max_length = 128 tokens"],
         ),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from moe.config import AttentionConfig, BlockConfig, DenseConfig, ExpertsConfig, SoftmaxAttentionConfig
 from moe.feed_forward import input_width
+from moe.positions.rotary import RotaryConfig
 from routing import HashConfig
 from routing.errors import UserError
 from training.config import RunConfig
@@ -89,6 +90,8 @@ class Setting(NamedTuple):
 def model_parts(run: RunConfig, tokens: float, cuda: bool, expert_parallel: int) -> list[list[Part]]:
     """The embedding, every block (attention, feed-forward) and the head, in the order of forward."""
     model = run.model
+    if model.positions:
+        raise UserError("what learned positions keep in memory isn't known here; plan without model.positions")
     setting = Setting(tokens, model.width, run.train.precision == "bf16", cuda, model.dropout > 0, expert_parallel)
     table = model.vocab_size * model.width
     embedding = Part(
@@ -114,7 +117,8 @@ def _norm(s: Setting) -> float:
 
 
 def _attention(config: AttentionConfig, s: Setting) -> Part:
-    if not isinstance(config, SoftmaxAttentionConfig) or config.bias or config.positions is None:
+    known = isinstance(config, SoftmaxAttentionConfig) and isinstance(config.positions, RotaryConfig)
+    if not known or config.bias:
         raise UserError(
             f"what attention of kind {config.kind} keeps in memory isn't known here; plan with kind: softmax, without "
             "biases and with rotary positions"

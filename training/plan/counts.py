@@ -35,7 +35,7 @@ def count_parameters(model: EncoderConfig) -> Parameters:
         dense += shared_params(ff, width)
         experts += ff.count * expert_params(ff, width)
     return Parameters(
-        embeddings=model.vocab_size * width,
+        embeddings=model.vocab_size * width + (model.positions.num_params(width) if model.positions else 0),
         attention=sum(block.attention.num_params(width) for block in model.blocks()),
         dense=dense,
         experts=experts,

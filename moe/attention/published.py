@@ -1,0 +1,51 @@
+"""Weights of published attention layers under our names.
+
+Each function takes tensors by the published layer's own names, below `prefix`, and returns what `load_state_dict` of
+our layer takes. What else a published layer holds (a norm after it, an output projection kept elsewhere) is named where
+it matters. Names and layouts are those of transformers.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+def bert_attention(state: Mapping[str, Tensor], prefix: str = "") -> State:
+    """`BertAttention` -> kind `softmax` with `bias: true`; its norm (`output.LayerNorm`) is the block's affair.
+
+    RoBERTa, ELECTRA and others name theirs alike.
+    """
+    parts = [f"{prefix}self.{name}" for name in ("query", "key", "value")]
+    return {f"qkv.{kind}": torch.cat([state[f"{part}.{kind}"] for part in parts]) for kind in ("weight", "bias")} | {
+        f"output.{kind}": state[f"{prefix}output.dense.{kind}"] for kind in ("weight", "bias")
+    }
+
+
+def t5_attention(state: Mapping[str, Tensor], prefix: str = "", channels: int = 64) -> State:
+    """`T5Attention` of an encoder -> kind `softmax` with `positions: {kind: t5}`.
+
+    T5 doesn't divide scores by the root of a head's `channels`; so its queries are multiplied by it.
+    Only T5's first layer holds the bias, which all of its layers use: give its state the tensor for the others.
+    """
+    q, k, v = (state[f"{prefix}{name}.weight"] for name in "qkv")
+    return {
+        "qkv.weight": torch.cat([q * channels**0.5, k, v]),
+        "output.weight": state[f"{prefix}o.weight"],
+        "core.bias.weight": state[f"{prefix}relative_attention_bias.weight"],
+    }
+
+
+def wav2vec2_bert_attention(state: Mapping[str, Tensor], prefix: str = "") -> State:
+    """`Wav2Vec2BertSelfAttention` with relative keys -> kind `softmax` with `positions: {kind: shaw, values: false}`.
+
+    Its largest distances to the left and to the right must be equal.
+    """
+    parts = [f"{prefix}linear_{name}" for name in "qkv"]
+    return (
+        {f"qkv.{kind}": torch.cat([state[f"{part}.{kind}"] for part in parts]) for kind in ("weight", "bias")}
+        | {f"output.{kind}": state[f"{prefix}linear_out.{kind}"] for kind in ("weight", "bias")}
+        | {"core.keys": state[f"{prefix}distance_embedding.weight"]}
+    )
