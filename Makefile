@@ -7,9 +7,10 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/moe pretrain configs/demo.yaml
 
-# One thread per process: tests start several, and idle threads that spin cost more than they help.
+# A worker for each core, files whole; and one thread per process: tests start several, and idle threads that spin cost
+# more than they help.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -7,6 +7,8 @@ import hypothesis
 import pytest
 import torch
 
+from moe.experts.cpu.build import why_unavailable
+
 # Derandomised: the same examples on every machine, so a red build is red for its author too.
 hypothesis.settings.register_profile("house", max_examples=50, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("house")
@@ -16,11 +18,22 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+    if hasattr(config, "workerinput"):
+        # In a parallel run, files that take long come before the others of tests/training, which then fill the last
+        # seconds. All else stays ahead of them: ZeRO-3 leaves a process with another linear layer than torch's.
+        long = {item.path for item in items if item.get_closest_marker("distributed")}
+        items.sort(key=lambda item: (item.path.parent.name == "training", item.path not in long))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Before there are several workers: compile once what each of them would compile at its first use."""
+    why_unavailable()
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,9 @@
-"""The `moe` command. Exit codes: 0 done, or stopped on request and saved; 1 failed; 2 yours to mend."""
+"""The `moe` command. Exit codes: 0 done, or stopped and saved; 1 failed; 2 yours to mend; 130 interrupted."""
 
 import argparse
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -61,6 +62,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # before training starts, the same as Ctrl-C
+    try:
+        return _pretrain_until_interrupted(options)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                "moe pretrain: interrupted, and nothing was saved of this; the same command goes on from the last "
+                "checkpoint, or begins if there is none",
+                file=sys.stderr,
+            )
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _pretrain_until_interrupted(options: argparse.Namespace) -> int:
     from training.config import load_run_config  # heavy imports wait until they are needed
 
     run = load_run_config(options.config, options.overrides)

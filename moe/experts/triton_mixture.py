@@ -1,4 +1,4 @@
-"""The mixture of experts in fused Triton kernels, with a written backward. Shape legend in `triton_kernels.py`.
+"""The mixture of experts in fused Triton kernels, with a written backward. Shape legend in `triton_tiles.py`.
 
 Forward: x is gathered inside the product with `up`, activated, multiplied by `down` and scaled by the gate, and each
 token's rows are summed. Backward, as in SonicMoE (arXiv 2512.14080): x and the hidden layer before its activation
@@ -78,18 +78,8 @@ def _mixture(
 
 
 @_mixture.register_fake
-def _(
-    x: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    down: Tensor,
-    assignments: Tensor,
-    ends: Tensor,
-    row_of: Tensor,
-    kept: Tensor,
-    activation: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, assignments: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, keep = others
     return x.new_empty(x.shape), x.new_empty(assignments.shape[0] if keep else 0, up.shape[2])
 
 
@@ -109,6 +99,7 @@ def _mixture_backward(
     wanted: list[bool],
 ) -> list[Tensor]:
     """Gradients of those of x, weights, up and down that are wanted."""
+    from moe.experts import triton_gradients as gradients
     from moe.experts import triton_kernels as kernels
 
     if len(assignments) == 0:
@@ -118,7 +109,7 @@ def _mixture_backward(
     rounded_up, rounded_down = _contiguous(up.to(x.dtype), down.to(x.dtype))
     grads = []
     with torch.cuda.device_of(x):
-        d_pre, weighted, d_weights = kernels.hidden_gradients(
+        d_pre, weighted, d_weights = gradients.hidden_gradients(
             dy, rounded_down, pre, weights, plan, cast(Activation, activation)
         )
         if wanted[0]:
@@ -126,27 +117,15 @@ def _mixture_backward(
         if wanted[1]:
             grads.append(d_weights)
         if wanted[2]:
-            grads.append(kernels.matrix_gradient(x, d_pre, plan, gather="left", dtype=up.dtype))
+            grads.append(gradients.matrix_gradient(x, d_pre, plan, gather="left", dtype=up.dtype))
         if wanted[3]:
-            grads.append(kernels.matrix_gradient(weighted, dy, plan, gather="right", dtype=down.dtype))
+            grads.append(gradients.matrix_gradient(weighted, dy, plan, gather="right", dtype=down.dtype))
     return grads
 
 
 @_mixture_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    down: Tensor,
-    assignments: Tensor,
-    ends: Tensor,
-    row_of: Tensor,
-    kept: Tensor,
-    pre: Tensor,
-    activation: str,
-    wanted: list[bool],
-) -> list[Tensor]:
+def _(dy: Tensor, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, *others: Any) -> list[Tensor]:
+    *_, wanted = others
     return [t.new_empty(t.shape) for t, want in zip((x, weights, up, down), wanted, strict=True) if want]
 
 

@@ -1,23 +1,16 @@
-"""Runs that are killed again and again: `python -m tests.training.killed_runs CONFIG OUT WORLD KILLS SEED`.
-
-One process imports everything once and forks the ranks, so that a kill costs a second and not ten.
-"""
+"""Runs that are killed again and again: `python -m tests.training.killed_runs CONFIG OUT WORLD KILLS SEED`."""
 
 import os
 import random
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch._dynamo  # noqa: F401  torch asks for it when the first optimizer is made
-
-import training.pretrain  # noqa: F401
 from moe import files
-from tests.training.conftest import free_port
+from tests.training.forked import fork_ranks
 from training import shards
 from training.checkpoint_files import last_saved, step_of, verify
 from training.cli import main
@@ -25,28 +18,12 @@ from training.cli import main
 
 def start(words: list[str], world: int, output: Path, prepare: Callable[[], object]) -> list[int]:
     """Fork the ranks of a `moe` command, each calling `prepare` first; return their process ids."""
-    port = str(free_port())
-    ranks = []
-    for rank in range(world):
-        if pid := os.fork():
-            ranks.append(pid)
-            continue
-        code = 70
-        try:
-            os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-            os.dup2(1, 2)
-            if world > 1:
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            prepare()
-            code = main(words)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    return ranks
+
+    def run() -> int:
+        prepare()
+        return main(words)
+
+    return fork_ranks(world, run, output)
 
 
 def end(ranks: list[int], seconds: float) -> None:

@@ -1,5 +1,6 @@
 """The user's mistakes end in exit code 2 and a few words on stderr, and leave nothing behind."""
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -215,3 +216,20 @@ def test_words_that_are_no_command(words: list[str], capsys: pytest.CaptureFixtu
         main(words)
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("usage: moe")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_before_training_it_says_so(
+    signum: int,
+    tiny: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("training.pretrain.prepare", lambda *_: signal.raise_signal(signum))
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["pretrain", str(write_yaml(tmp_path / "run.yaml", tiny))]) == 130
+    told = capsys.readouterr().err
+    assert told.startswith("moe pretrain: interrupted, and nothing was saved of this; the same command goes on")
+    assert "Traceback" not in told
+    assert signal.getsignal(signal.SIGTERM) is before

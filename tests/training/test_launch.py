@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.conftest import ROOT, free_port, moe_process
+from tests.training.conftest import ROOT, moe_process
+from tests.training.forked import free_port
 from training.checkpoint_files import find_fault
 from training.config import RunConfig
 from training.pretrain import pretrain

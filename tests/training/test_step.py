@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.conftest import run_ranks
-from tests.training.workers import record
-from training.engine import Ranks
+from tests.training.workers import record, record_routers
 
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("alone")]
 STAGES = (0, 1, 2, 3)
 
 # Every kind whose result doesn't depend on batch mates.
@@ -31,7 +31,6 @@ ROUTERS = (
 )
 
 
-@pytest.mark.distributed
 def test_two_ranks_and_accumulation_give_the_gradients_of_one_process(
     exact: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
 ) -> None:
@@ -41,15 +40,14 @@ def test_two_ranks_and_accumulation_give_the_gradients_of_one_process(
     variants += ["0,1,2", "1,2,2", "2,2,2", "3,2,2"]
     for world, chosen in ((1, ["0,1", "0,2"]), (2, variants)):
         (tmp_path / str(world)).mkdir()
-        run_ranks(world, "record", config, str(tmp_path / str(world)), *chosen)
+        run_on(world, record, config, str(tmp_path / str(world)), *chosen)
     for variant in variants:
         accumulation = variant.split(",")[1]
         assert_same(tmp_path / "2" / f"{variant}.safetensors", tmp_path / "1" / f"0,{accumulation}.safetensors")
 
 
-@pytest.mark.distributed
 def test_a_run_goes_on_the_same_wherever_its_experts_are(
-    exact: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path, alone: Ranks
+    exact: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
 ) -> None:
     config = str(write_config(exact))
 
@@ -58,7 +56,7 @@ def test_a_run_goes_on_the_same_wherever_its_experts_are(
         (tmp_path / name).mkdir()
         chosen = [f"{variant}:{tmp_path / source}" if source else variant for variant in variants]
         arguments = (config, str(tmp_path / name), *chosen)
-        record(*arguments) if world == 1 else run_ranks(world, "record", *arguments)
+        run_on(world, record, *arguments)
 
     # ZeRO stage, accumulation and expert-parallel size
     stay, to_two, to_four, one_each = "0,2,1", "1,2,2", "2,2,2", "0,2,4"
@@ -79,7 +77,6 @@ def test_a_run_goes_on_the_same_wherever_its_experts_are(
         torch.testing.assert_close(*(load_file(file)["losses"] for file in files), rtol=1e-6, atol=0, msg=moved)
 
 
-@pytest.mark.distributed
 def test_with_the_steps_routing_totals_every_cut_gives_the_gradients_of_one_batch(
     exact: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
 ) -> None:
@@ -95,13 +92,12 @@ def test_with_the_steps_routing_totals_every_cut_gives_the_gradients_of_one_batc
     cuts = {1: ["0,1", "0,2"], 2: ["0,1", "1,2"]}
     for world, chosen in cuts.items():
         (tmp_path / str(world)).mkdir()
-        run_ranks(world, "record", config, str(tmp_path / str(world)), *chosen)
+        run_on(world, record, config, str(tmp_path / str(world)), *chosen)
     for world, chosen in cuts.items():
         for variant in chosen:
             assert_same(tmp_path / str(world) / f"{variant}.safetensors", tmp_path / "1" / "0,1.safetensors")
 
 
-@pytest.mark.distributed
 def test_under_every_router_two_ranks_give_the_gradients_of_one_process(
     exact: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
 ) -> None:
@@ -109,9 +105,14 @@ def test_under_every_router_two_ranks_give_the_gradients_of_one_process(
     config = write_config(exact)
     for world in (1, 2):
         (tmp_path / str(world)).mkdir()
-        run_ranks(world, "record_routers", str(config), str(tmp_path / str(world)), *map(json.dumps, ROUTERS))
+        run_on(world, record_routers, str(config), str(tmp_path / str(world)), *map(json.dumps, ROUTERS))
     for number in range(len(ROUTERS)):
         assert_same(*(tmp_path / str(world) / f"{number}.safetensors" for world in (2, 1)))
+
+
+def run_on(world: int, function: Callable[..., None], *arguments: str) -> None:
+    """On real ranks, a single one being this process."""
+    function(*arguments) if world == 1 else run_ranks(world, function.__name__, *arguments)
 
 
 def assert_same(actual_file: Path, expected_file: Path) -> None:

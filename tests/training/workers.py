@@ -1,7 +1,8 @@
-"""What runs on the ranks that tests spawn: `python -m tests.training.workers FUNCTION ARGUMENTS`."""
+"""What runs on the ranks that tests spawn: `python -m tests.training.workers WORLD FUNCTION ARGUMENTS`."""
 
 import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from routing.errors import UserError
 from tests.training import spread
+from tests.training.forked import fork_ranks
 from training import checkpoint, step
 from training.checkpoint import Checkpoints
 from training.checkpoint_files import TrainState
-from training.cli import leave
 from training.config import RunConfig
 from training.data.packing import DataPosition, TrainingStream
 from training.data.prepare import PreparedData, prepare
@@ -192,7 +193,14 @@ def compare_spread_layers() -> None:
     spread.compare_all(dist.group.WORLD)
 
 
-if __name__ == "__main__":
-    globals()[sys.argv[1]](*sys.argv[2:])
+def run(function: str, arguments: list[str]) -> int:
+    globals()[function](*arguments)
     stop_processes()
-    leave(0)
+    return 0
+
+
+if __name__ == "__main__":
+    world, function, *arguments = sys.argv[1:]
+    ranks = fork_ranks(int(world), lambda: run(function, arguments))
+    codes = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
+    sys.exit(f"ranks ended with {codes}" if any(codes) else 0)

@@ -1,8 +1,6 @@
 """The mixture-of-experts layer against a loop over tokens and choices."""
 
 import copy
-import pickle
-from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
@@ -186,16 +184,13 @@ def test_takes_a_substitute_router(backend: str, x: Tensor) -> None:
     assert_close(y, torch.stack(written))
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_layer_of_any_backend_can_be_copied_and_pickled(
-    backend: str, copied: Callable[[MoEFeedForward], MoEFeedForward], x: Tensor
-) -> None:
+def test_a_layer_of_any_backend_can_be_copied(backend: str, x: Tensor) -> None:
     try:
         layer = layer_of(backend=backend)
     except UserError as reason:
         pytest.skip(str(reason))
-    again = copied(layer)
+    again = copy.deepcopy(layer)
     assert_close(again.state_dict(), layer.state_dict())
     if backend != "triton":
         assert torch.equal(again(x, tokens_of([len(x)]))[0], layer(x, tokens_of([len(x)]))[0])

@@ -12,18 +12,18 @@ extern "C" {
 // Everything one call works on.
 struct Job {
     int64_t width, hidden, top_k, activation;
-    int64_t half, half_weights;      // 1: bfloat16 activations, bfloat16 weights
-    const void *x, *up, *down;       // [T, D], [E, D, P], [E, F, D]
-    const int64_t* assignments;      // [R], t * K + k of each row
-    const int64_t* row_of;           // [T, K]
-    const uint8_t* kept;             // [T, K]
-    const float* weights;            // [T, K]
-    void *pre, *out, *y;             // [R, P], [R, D], [T, D]
-    const void* dy;                  // [T, D]; used by the backward, like all that follow
-    void *dpre, *wh;                 // [R, P], [R, F]; null without tasks of the kinds BACKWARD_ROWS, BACKWARD_WEIGHTS
-    void *dx_rows, *dx;              // [R, D], [T, D]; null: not wanted
-    float *dweight, *dweights;       // [R], [T, K]
-    void *dup, *ddown;               // like up and down; null: not wanted
+    int64_t half, half_weights;  // 1: bfloat16 activations, bfloat16 weights
+    const void *x, *up, *down;   // [T, D], [E, D, P], [E, F, D]
+    const int64_t* assignments;  // [R], t * K + k of each row
+    const int64_t* row_of;       // [T, K]
+    const uint8_t* kept;         // [T, K]
+    const float* weights;        // [T, K]
+    void *pre, *out, *y;         // [R, P], [R, D], [T, D]
+    const void* dy;              // [T, D]; used by the backward, like all that follow
+    void *dpre, *wh;             // [R, P], [R, F]; null without tasks of the kinds BACKWARD_ROWS, BACKWARD_WEIGHTS
+    void *dx_rows, *dx;          // [R, D], [T, D]; null: not wanted
+    float *dweight, *dweights;   // [R], [T, K]
+    void *dup, *ddown;           // like up and down; null: not wanted
 };
 
 // A piece of work: `kind`, then what it is a piece of.

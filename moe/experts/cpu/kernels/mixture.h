@@ -215,24 +215,25 @@ private:
     void weight_gradient(Left left, Right right, int64_t m, int64_t k, int64_t n, int64_t from, int64_t to, W* out) {
         if (m == 0) {
             memset((void*)(out + from * n), 0, (to - from) * n * sizeof(W));
-        } else if (m <= THIN) {
-            const int64_t part = to - from;
-            const float* a = floats(scratch.in, [&](int64_t i) { return left(i) + from; }, m, part);
+            return;
+        }
+        if (m <= THIN) {
+            const float* a = floats(scratch.in, [&](int64_t i) { return left(i) + from; }, m, to - from);
             const float* b = floats(scratch.sums, right, m, n);
-            with_constant<THIN>(m, [&](auto rows) { thin_outer<rows>(a, b, out + from * n, part, n); });
-        } else {
-            const int64_t panel = units_of<X>(m) * LANES;
-            Unit<X>* panels = scratch.panels.get(2 * panel);
-            Unit<X>* a = scratch.rows.get(BLOCK / LANES * panel);
-            for (int64_t block = from; block < to; block += BLOCK) {
-                const int64_t rows = to - block < BLOCK ? to - block : BLOCK;
-                for (int64_t i = block; i < block + rows; i += LANES)
-                    pack_columns<X>([&](int64_t t) { return left(t) + i; }, k - i, m, a + (i - block) / LANES * panel);
-                multiply<X>(a, rows, Gathered<X, Right>{right, m, n}, panels,
-                            [&](int64_t i, int64_t c, f32x16 one, f32x16 other) {
-                                store_pair(out + (block + i) * n, c, one, other, n);
-                            });
-            }
+            with_constant<THIN>(m, [&](auto rows) { thin_outer<rows>(a, b, out + from * n, to - from, n); });
+            return;
+        }
+        const int64_t panel = units_of<X>(m) * LANES;
+        Unit<X>* panels = scratch.panels.get(2 * panel);
+        Unit<X>* a = scratch.rows.get(BLOCK / LANES * panel);
+        for (int64_t block = from; block < to; block += BLOCK) {
+            const int64_t rows = to - block < BLOCK ? to - block : BLOCK;
+            for (int64_t i = block; i < block + rows; i += LANES)
+                pack_columns<X>([&](int64_t t) { return left(t) + i; }, k - i, m, a + (i - block) / LANES * panel);
+            multiply<X>(a, rows, Gathered<X, Right>{right, m, n}, panels,
+                        [&](int64_t i, int64_t c, f32x16 one, f32x16 other) {
+                            stream_pair(out + (block + i) * n, c, one, other, n);
+                        });
         }
     }
 

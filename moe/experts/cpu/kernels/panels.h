@@ -37,10 +37,7 @@ inline u32x16 load_units(const S* from, int64_t left) {
         memcpy(&pairs, from, left * sizeof(S));
         return pairs;
     } else {
-        bf16 rounded[2 * LANES];
-        store(rounded, load(from, left));
-        store(rounded + LANES, load(from + LANES, left - LANES));
-        return load((const uint32_t*)rounded);
+        return (u32x16)round_to_bf16(load(from, left), load(from + LANES, left - LANES));
     }
 }
 
@@ -84,21 +81,19 @@ inline void pack_rows(Row row, int64_t count, int64_t terms, Unit<X>* panel) {
 
 // ---------------------------------------------------------------- columns: the sum runs down the rows
 
-inline u32x16 bf16_bits(const float* from, int64_t count) { return round_to_bf16(load(from, count)); }
-
-inline u32x16 bf16_bits(const bf16* from, int64_t count) { return (u32x16)load(from, count) >> 16; }
-
 // A panel of the first `count` columns (at most 16 of them, perhaps none) of `terms` rows.
 template <typename X, typename Row>
 inline void pack_columns(Row row, int64_t count, int64_t terms, Unit<X>* panel) {
-    if constexpr (TERMS<X> == 1)
+    if constexpr (TERMS<X> == 1) {
         for (int64_t t = 0; t < terms; t++) store(panel + t * LANES, load(row(t), count));
-    else
+    } else {
+        u16x32 pairs;
+        for (int j = 0; j < LANES; j++) pairs[2 * j] = j, pairs[2 * j + 1] = LANES + j;
         for (int64_t t = 0; t < terms; t += 2) {
-            u32x16 even = bf16_bits(row(t), count);
-            u32x16 odd = t + 1 < terms ? bf16_bits(row(t + 1), count) : u32x16{};
-            store(panel + t / 2 * LANES, even | odd << 16);
+            u16x32 both = round_to_bf16(load(row(t), count), t + 1 < terms ? load(row(t + 1), count) : f32x16{});
+            store(panel + t / 2 * LANES, (u32x16)__builtin_shuffle(both, pairs));
         }
+    }
 }
 
 // Two panels of 32 columns that are stored as bfloat16: rows are interleaved as they are, without widening them.

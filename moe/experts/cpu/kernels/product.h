@@ -29,7 +29,7 @@ struct Stored {
     void pack(int64_t n, Unit<X>* left, Unit<X>* right) const {
         pack_column_pair<X>([&](int64_t t) { return w + t * columns + n; }, columns - n, terms, left, right);
     }
-    // Asks for unit `first`, then for the next one, and so on, of columns n .. n+31: rows t of 32 columns.
+    // Each call asks for one unit of columns n .. n+31, from unit `first` on.
     auto ahead(int64_t n, int64_t first) const {
         return [from = w + first * TERMS<X> * columns + n, columns = columns](int64_t call) {
             constexpr int line = 64 / sizeof(W);
@@ -50,7 +50,7 @@ struct Transposed {
         pack_rows<X>([&](int64_t i) { return w + (n + i) * terms; }, columns - n, terms, left);
         pack_rows<X>([&](int64_t i) { return w + (n + LANES + i) * terms; }, columns - n - LANES, terms, right);
     }
-    // Rows n .. n+31 of w lie one after the other: a unit's share of their lines is the next as many numbers.
+    // Rows n .. n+31 of w lie one after the other: each call asks for the next as many numbers as a unit has.
     auto ahead(int64_t n, int64_t first) const {
         constexpr int share = TILE_COLUMNS * TERMS<X>;
         return [from = w + n * terms + first * share](int64_t call) {
@@ -114,11 +114,17 @@ template <int rows, typename Unit, typename Ahead = Nothing>
 
 // ---------------------------------------------------------------- the product
 
-// What a tile has for a row: columns n .. n+31, or as many of them as there are.
+// Columns n .. n+31 of a row, or as many of them as there are.
 template <typename T>
 inline void store_pair(T* row, int64_t n, f32x16 left, f32x16 right, int64_t columns) {
     store(row + n, left, columns - n);
     store(row + n + LANES, right, columns - n - LANES);
+}
+
+template <typename T>
+inline void stream_pair(T* row, int64_t n, f32x16 left, f32x16 right, int64_t columns) {
+    stream(row + n, left, columns - n);
+    stream(row + n + LANES, right, columns - n - LANES);
 }
 
 // sink(i, n, left, right) gets columns n .. n+31 of row i, where those past the last are zero. `panels` has room for

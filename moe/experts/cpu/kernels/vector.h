@@ -27,12 +27,29 @@ inline f32x16 splat(float x) { return f32x16{} + x; }
 
 inline u32x16 splat(uint32_t x) { return u32x16{} + x; }
 
-// To the nearest, ties to even, in the low half of each lane. What is not a number stays so.
-inline u32x16 round_to_bf16(f32x16 x) {
+// To the nearest, ties to even. What is not a number stays so; the processor's own instruction makes subnormal numbers
+// zero, as its dot product does.
+inline u16x16 round_to_bf16(f32x16 x) {
+#ifdef __AVX512BF16__
+    return (u16x16)_mm512_cvtneps_pbh((__m512)x);
+#else
     u32x16 bits = (u32x16)x;
     u32x16 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
     u32x16 nan = (u32x16)(x != x);
-    return (rounded & ~nan) | ((bits >> 16 | 0x40) & nan);
+    return __builtin_convertvector((rounded & ~nan) | ((bits >> 16 | 0x40) & nan), u16x16);
+#endif
+}
+
+// First those of `low`, then those of `high`.
+inline u16x32 round_to_bf16(f32x16 low, f32x16 high) {
+#ifdef __AVX512BF16__
+    return (u16x32)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+#else
+    u16x16 halves[2] = {round_to_bf16(low), round_to_bf16(high)};
+    u16x32 both;
+    memcpy(&both, halves, sizeof both);
+    return both;
+#endif
 }
 
 // ---------------------------------------------------------------- whole vectors
@@ -58,29 +75,75 @@ inline u32x16 load(const uint32_t* from) {
 inline void store(float* to, f32x16 x) { memcpy(to, &x, sizeof x); }
 
 inline void store(bf16* to, f32x16 x) {
-    u16x16 rounded = __builtin_convertvector(round_to_bf16(x), u16x16);
-    memcpy(to, &rounded, sizeof rounded);
+    u16x16 rounded = round_to_bf16(x);
+    memcpy((void*)to, &rounded, sizeof rounded);
 }
 
 inline void store(uint32_t* to, u32x16 x) { memcpy(to, &x, sizeof x); }
 
 // ---------------------------------------------------------------- ends of rows
 
-// The first `count` of 16 (none if it is negative); lanes that aren't loaded are zero.
+// 0 < count < 16.
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+inline f32x16 load_part(const float* from, int64_t count) {
+    return (f32x16)_mm512_maskz_loadu_ps((1u << count) - 1, from);
+}
+
+inline f32x16 load_part(const bf16* from, int64_t count) {
+    u16x16 x = (u16x16)_mm256_maskz_loadu_epi16((1u << count) - 1, from);
+    return (f32x16)(__builtin_convertvector(x, u32x16) << 16);
+}
+
+inline void store_part(float* to, f32x16 x, int64_t count) { _mm512_mask_storeu_ps(to, (1u << count) - 1, (__m512)x); }
+
+inline void store_part(bf16* to, f32x16 x, int64_t count) {
+    _mm256_mask_storeu_epi16(to, (1u << count) - 1, (__m256i)round_to_bf16(x));
+}
+#else
 template <typename T>
-inline f32x16 load(const T* from, int64_t count) {
-    if (count >= LANES) return load(from);
+inline f32x16 load_part(const T* from, int64_t count) {
     T part[LANES] = {};
-    if (count > 0) memcpy((void*)part, from, count * sizeof(T));
+    memcpy((void*)part, from, count * sizeof(T));
     return load(part);
 }
 
 template <typename T>
-inline void store(T* to, f32x16 x, int64_t count) {
-    if (count >= LANES) return store(to, x);
+inline void store_part(T* to, f32x16 x, int64_t count) {
     T part[LANES];
     store(part, x);
-    if (count > 0) memcpy((void*)to, part, count * sizeof(T));
+    memcpy((void*)to, part, count * sizeof(T));
+}
+#endif
+
+// The first `count` of 16, or all of them, or none (a negative count); lanes that aren't loaded are zero.
+template <typename T>
+inline f32x16 load(const T* from, int64_t count) {
+    return count >= LANES ? load(from) : count > 0 ? load_part(from, count) : f32x16{};
+}
+
+template <typename T>
+inline void store(T* to, f32x16 x, int64_t count) {
+    if (count >= LANES)
+        store(to, x);
+    else if (count > 0)
+        store_part(to, x, count);
+}
+
+// A store for results that nobody reads soon. An ordinary one fetches the line that it is about to overwrite, and
+// evicts another that may still be wanted; this one does neither, if it fills its part of a line. Other threads see
+// what it wrote once this one has taken its next task: that is an atomic addition, which waits for all stores.
+template <typename T>
+inline void stream(T* to, f32x16 x, int64_t count) {
+#ifdef __AVX512F__
+    if (count >= LANES && (uintptr_t)to % (LANES * sizeof(T)) == 0) {
+        if constexpr (std::is_same_v<T, float>)
+            _mm512_stream_ps(to, (__m512)x);
+        else
+            _mm256_stream_si256((__m256i*)to, (__m256i)round_to_bf16(x));
+        return;
+    }
+#endif
+    store(to, x, count);
 }
 
 // ---------------------------------------------------------------- sizes that the compiler knows
@@ -114,31 +177,10 @@ inline void with_constant(int64_t n, Body body) {
     body(std::integral_constant<int, limit>{});
 }
 
-// ---------------------------------------------------------------- stores around the caches
-
-// For results that nobody reads soon. An ordinary store fetches the line that it is about to overwrite, and evicts
-// another that may still be wanted; this one does neither, if it fills its line.
-template <typename T, typename Count>
-inline void stream(T* to, f32x16 x, Count count) {
-    store(to, x, count);
+template <typename T>
+inline void stream(T* to, f32x16 x, Whole) {
+    stream(to, x, LANES);
 }
-
-#ifdef __AVX512F__
-inline void stream(float* to, f32x16 x, Whole) {
-    if ((uintptr_t)to % 64 == 0)
-        _mm512_stream_ps(to, (__m512)x);
-    else
-        store(to, x);
-}
-
-inline void stream(bf16* to, f32x16 x, Whole) {
-    u16x16 rounded = __builtin_convertvector(round_to_bf16(x), u16x16);
-    if ((uintptr_t)to % 32 == 0)
-        _mm256_stream_si256((__m256i*)to, (__m256i)rounded);
-    else
-        memcpy(to, &rounded, sizeof rounded);
-}
-#endif
 
 // ---------------------------------------------------------------- arithmetic
 
