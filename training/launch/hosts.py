@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -16,6 +17,7 @@ from types import FrameType
 from typing import IO
 
 from routing.errors import UserError
+from training.launch.agent import INTERRUPTED
 from training.process import end_with_parent
 
 # What DeepSpeed's launchers say of themselves, after pdsh's "host: "; of a failure it is said here, in a line.
@@ -71,8 +73,10 @@ def run_on_hosts(hostfile: Path, ranks: int | None, command: list[str], variable
             raise UserError(f"--env {name} has several lines; only one can be passed on to other machines")
     for tool in ("pdsh", "ssh"):
         if shutil.which(tool) is None:
-            raise UserError(f"a hostfile takes {tool}, which isn't on the PATH; install it, or start `moe launch` with "
-                            "--nodes and --rendezvous on each machine")  # fmt: skip
+            raise UserError(
+                f"a hostfile takes {tool}, which isn't on the PATH; install it, or start `moe launch` with --nodes and "
+                "--rendezvous on each machine"
+            )
     with tempfile.TemporaryDirectory(prefix="moe-launch-") as folder:
         machines, exports = Path(folder) / "hosts", Path(folder) / "environment"
         machines.write_text("".join(f"{name} slots={ranks or n}\n" for name, n in slots.items()), encoding="utf-8")
@@ -80,13 +84,15 @@ def run_on_hosts(hostfile: Path, ranks: int | None, command: list[str], variable
             _users_exports() + "".join(f"{name}={_in_quotes(value)}\n" for name, value in variables.items()),
             encoding="utf-8",
         )
+        port = str(20_000 + secrets.randbelow(10_000))  # so that several launches can share machines
         words = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(machines), "--force_multi"]
-        words += ["--no_local_rank", "--quiet", "--module", "training.cli", *map(_for_a_shell, command)]
+        words += ["--master_port", port, "--no_local_rank", "--quiet"]
+        words += ["--module", "training.cli", *map(_for_a_shell, command)]
         launcher = subprocess.Popen(
             words,
             env={**os.environ, "DS_ENV_FILE": str(exports)},
-            # A session of its own, so that Ctrl-C reaches it once, through us; and if we are killed, it is asked to
-            # end, and ends what it started.
+            # A session of its own, so that Ctrl-C reaches the ranks once, through us; and if we are killed, it is asked
+            # to end, and ends what it started.
             start_new_session=True,
             preexec_fn=lambda: end_with_parent(signal.SIGTERM),
             stdout=subprocess.PIPE,
@@ -94,17 +100,22 @@ def run_on_hosts(hostfile: Path, ranks: int | None, command: list[str], variable
             text=True,
             errors="replace",
         )
-        return _attend(launcher)
+        return _attend(launcher, ["pdsh", "-R", "ssh", "-w", ",".join(slots)], port)
 
 
-def _attend(launcher: "subprocess.Popen[str]") -> int:
-    """Pass on what the launcher's ranks say, and stop requests the other way, until its end."""
+def _attend(launcher: "subprocess.Popen[str]", everywhere: list[str], port: str) -> int:
+    """Pass on what the launcher's ranks say, and stop requests the other way, until its end.
+
+    Args:
+        everywhere: the words before a command that run it on all machines.
+        port: of the ranks' meeting, by which the launch is known on them.
+    """
     killed: list[str] = []
     pipes = ((launcher.stdout, sys.stdout), (launcher.stderr, sys.stderr))
     readers = [Thread(target=_pass_on, args=(*pipe, killed), daemon=True) for pipe in pipes]
     for reader in readers:
         reader.start()
-    asked = 0
+    asked = passed_on = 0
 
     def count(signum: int, frame: FrameType | None) -> None:
         nonlocal asked
@@ -112,14 +123,14 @@ def _attend(launcher: "subprocess.Popen[str]") -> int:
 
     before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        passed_on = 0
         while launcher.poll() is None:
             if asked > passed_on:
                 passed_on += 1
-                if passed_on == 1:
-                    launcher.terminate()  # it knows the way to the other machines
-                else:  # somebody doesn't want to wait
-                    os.killpg(launcher.pid, signal.SIGKILL)
+                # Not through the launcher: it would hang up at once, and ranks that print can't save then. In brackets,
+                # so that the pattern doesn't match the shell that it stands in.
+                how = "TERM" if passed_on == 1 else "KILL"
+                ranks = f'"$(pgrep -d, -f "[m]aster_port={port} .*training.cli")"'
+                subprocess.run([*everywhere, f"pkill -{how} -P {ranks}"], check=False, start_new_session=True)
             time.sleep(0.1)
     finally:
         for number, handler in before.items():
@@ -128,6 +139,8 @@ def _attend(launcher: "subprocess.Popen[str]") -> int:
         reader.join(5)
     if killed and not asked:
         print(f"moe launch: {killed[0]}; the other ranks were ended", file=sys.stderr)
+    if passed_on > 1:
+        return INTERRUPTED
     code = launcher.returncode
     # A launcher of a machine ends with its rank's code, which is -n if signal n killed it, in a byte.
     return 128 - code if code < 0 else 128 + 256 - code if code > 256 - 32 else code
