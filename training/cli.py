@@ -7,20 +7,18 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from training.process import end_with_parent, tune_cpu
+from training.process import end_with_parent, launched, tune_cpu
 
 tune_cpu()  # before anything imports torch
 
 from routing.errors import UserError  # noqa: E402
 
-LAUNCHED = {"TORCHELASTIC_RUN_ID", "CROSS_RANK"}  # what torch's agent and DeepSpeed's launcher set
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; what the user can mend is told in a few lines on stderr, without a traceback."""
     options = _parser().parse_args(arguments)
-    if os.environ.keys() & LAUNCHED:
-        end_with_parent()  # which is torch's agent or DeepSpeed's launcher: no rank outlives it
+    if launched():
+        end_with_parent()  # no rank outlives its launcher
     try:
         return int(options.run(options))
     except UserError as error:

@@ -28,3 +28,8 @@ def end_with_parent(signum: int = signal.SIGKILL) -> None:
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, int(signum))
+
+
+def launched() -> bool:
+    """Whether torch's agent or DeepSpeed's launcher started this process as a rank."""
+    return not os.environ.keys().isdisjoint({"TORCHELASTIC_RUN_ID", "CROSS_RANK"})

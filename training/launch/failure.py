@@ -7,6 +7,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from training.process import launched
+
 
 def tells(error: Exception) -> bool:
     """Whether this rank is the one to tell: the first of its run that failed. To be asked once, before it leaves.
@@ -14,14 +16,16 @@ def tells(error: Exception) -> bool:
     Also leaves word of the error for torch's agent, if that started the rank.
     """
     get_error_handler().record_exception(error)
+    if lost_others(str(error)):  # the others have told, or whoever started them does; without a launcher nobody would
+        return not launched() and os.environ["LOCAL_RANK"] == "0"
     if not dist.is_initialized():  # nobody to ask; a mistake in the config is every rank's
         return os.environ.get("LOCAL_RANK", "0") == "0"
     if dist.get_world_size() == 1:
         return True
     try:
         return bool(dist.distributed_c10d._get_default_store().add("ranks_failed", 1) == 1)
-    except RuntimeError:  # rank 0, which kept it, is gone: its failure is told, or was a kill
-        return not lost_others(str(error))
+    except RuntimeError:  # rank 0, which kept the count, is gone
+        return True
 
 
 def explain(error: Exception) -> str:
