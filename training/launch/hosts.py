@@ -126,10 +126,10 @@ def _attend(launcher: "subprocess.Popen[str]", everywhere: list[str], port: str)
         while launcher.poll() is None:
             if asked > passed_on:
                 passed_on += 1
-                # Not through the launcher: it would hang up at once, and ranks that print can't save then. In brackets,
-                # so that the pattern doesn't match the shell that it stands in.
+                # Not through the launcher: it would hang up at once, and ranks that print can't save then. From the
+                # start of the line, so that it isn't the shell that is found, which has the same words in it.
                 how = "TERM" if passed_on == 1 else "KILL"
-                ranks = f'"$(pgrep -d, -f "[m]aster_port={port} .*training.cli")"'
+                ranks = f'"$(pgrep -d, -f "^[^ ]+ -u -m deepspeed.launcher.launch .*master_port={port} ")"'
                 subprocess.run([*everywhere, f"pkill -{how} -P {ranks}"], check=False, start_new_session=True)
             time.sleep(0.1)
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
+def wait_for(what: Callable[[], Any], seconds: float = 120) -> Any:
     """The first true value of `what`."""
     deadline = time.monotonic() + seconds
     while not (value := what()):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -28,6 +29,7 @@ from tests.training.conftest import (
     without_dropout,
     write_yaml,
 )
+from tests.training.launch.conftest import Start
 from tests.training.launch.processes import assert_no_process_names, checkpoint_beyond, ranks_below, wait_for
 from training.checkpoint_files import find_fault
 from training.config import RunConfig
@@ -84,11 +86,11 @@ def test_two_ranks_end_where_one_process_does(uninterrupted: Path, tmp_path: Pat
 @pytest.mark.distributed
 @pytest.mark.parametrize("rank", [0, 1])
 def test_after_a_killed_rank_all_start_again_and_end_bit_for_bit_alike(
-    uninterrupted: Path, tmp_path: Path, rank: int
+    uninterrupted: Path, tmp_path: Path, rank: int, start: Start
 ) -> None:
     run, config = str(tmp_path / "run"), str(uninterrupted / "run.yaml")
     words = ("--ranks", "2", "--restarts", "1", "--", "pretrain", config, f"run_dir={run}", *SPREAD)
-    process = moe_process("launch", *words)
+    process = start(*words)
     checkpoint_beyond(run, 0)
     ranks_below(process.pid)[rank].kill()
     output, errors = process.communicate(timeout=120)
@@ -108,12 +110,12 @@ def test_after_a_killed_rank_all_start_again_and_end_bit_for_bit_alike(
 
 
 @pytest.mark.distributed
-def test_after_a_lost_machine_the_others_go_on(uninterrupted: Path, tmp_path: Path) -> None:
+def test_after_a_lost_machine_the_others_go_on(uninterrupted: Path, tmp_path: Path, start: Start) -> None:
     run, config, meeting = str(tmp_path / "run"), str(uninterrupted / "run.yaml"), f"localhost:{free_port()}"
     words = ("--ranks", "1", "--nodes", "1:2", "--rendezvous", meeting, "--last-call", "4", "--restarts", "1")
-    first = moe_process("launch", *words, "--", "pretrain", config, f"run_dir={run}")
-    wait_for(lambda: len(first_connections(first.pid)) > 0)  # it is the one that keeps the meeting
-    second = moe_process("launch", *words, "--", "pretrain", config, f"run_dir={run}")
+    first = start(*words, "--", "pretrain", config, f"run_dir={run}")
+    wait_for(lambda: listening(first.pid))  # it is the one that keeps the meeting
+    second = start(*words, "--", "pretrain", config, f"run_dir={run}")
     reached = checkpoint_beyond(run, 0)
     assert {*ranks_below(first.pid), *ranks_below(second.pid)} == {0, 1}
     lost = list(ranks_below(second.pid).values())
@@ -122,24 +124,21 @@ def test_after_a_lost_machine_the_others_go_on(uninterrupted: Path, tmp_path: Pa
     second.communicate(timeout=10)
     output, errors = first.communicate(timeout=120)
     assert first.returncode == 0, output + errors
-    assert re.search(r"step (\d+) of", output)
     assert int(re.findall(r"step (\d+) of", output)[-1]) >= reached
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 1
     assert_ends_alike(tmp_path / "run", uninterrupted / "run")
     assert_no_process_names(run)
 
 
-def first_connections(pid: int) -> list[Any]:
-    import psutil
-
+def listening(pid: int) -> list[Any]:
     return [c for c in psutil.Process(pid).net_connections() if c.status == "LISTEN"]
 
 
 @pytest.mark.distributed
-def test_after_the_last_restart_it_fails_with_one_message(uninterrupted: Path) -> None:
+def test_after_the_last_restart_it_fails_with_one_message(uninterrupted: Path, start: Start) -> None:
     # A rank whose Python finds no library ends before it does anything.
     words = ("--ranks", "1", "--restarts", "2", "--env", "PYTHONHOME=/nowhere")
-    process = moe_process("launch", *words, "--", "pretrain", str(uninterrupted / "run.yaml"))
+    process = start(*words, "--", "pretrain", str(uninterrupted / "run.yaml"))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert [line for line in errors.splitlines() if line.startswith("moe launch")] == [
@@ -154,11 +153,11 @@ def test_after_the_last_restart_it_fails_with_one_message(uninterrupted: Path) -
 
 @pytest.mark.distributed
 def test_a_mistake_is_told_once_and_not_tried_again(
-    tiny: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
+    tiny: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path, start: Start
 ) -> None:
     tiny["data"]["corpus"]["files"] = [str(tmp_path / "none.txt")]
     config = write_config(tiny)
-    process = moe_process("launch", "--ranks", "2", "--restarts", "3", "--", "pretrain", str(config))
+    process = start("--ranks", "2", "--restarts", "3", "--", "pretrain", str(config))
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     assert output == ""
@@ -169,9 +168,11 @@ def test_a_mistake_is_told_once_and_not_tried_again(
 
 
 @pytest.mark.distributed
-def test_ranks_that_experts_cannot_be_spread_over_are_not_tried_again(uninterrupted: Path, tmp_path: Path) -> None:
+def test_ranks_that_experts_cannot_be_spread_over_are_not_tried_again(
+    uninterrupted: Path, tmp_path: Path, start: Start
+) -> None:
     words = ("--ranks", "1", "--restarts", "3", "--", "pretrain", str(uninterrupted / "run.yaml"))
-    process = moe_process("launch", *words, f"run_dir={tmp_path / 'run'}", "parallel.expert=2")
+    process = start(*words, f"run_dir={tmp_path / 'run'}", "parallel.expert=2")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     assert errors.startswith("moe pretrain: parallel.expert is 2, but 1 rank(s) can't be cut into groups of 2")
@@ -179,9 +180,11 @@ def test_ranks_that_experts_cannot_be_spread_over_are_not_tried_again(uninterrup
 
 
 @pytest.mark.distributed
-def test_a_loss_that_is_not_finite_is_told_once_and_not_tried_again(uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_is_told_once_and_not_tried_again(
+    uninterrupted: Path, tmp_path: Path, start: Start
+) -> None:
     words = ("--ranks", "2", "--restarts", "3", "--", "pretrain", str(uninterrupted / "run.yaml"))
-    process = moe_process("launch", *words, f"run_dir={tmp_path / 'run'}", "optimizer.lr=1e30")
+    process = start(*words, f"run_dir={tmp_path / 'run'}", "optimizer.lr=1e30")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert errors.startswith("moe pretrain: training is not finite any more")
@@ -199,7 +202,7 @@ if os.environ.get("RANK") == "1":
 
 
 @pytest.mark.distributed
-def test_what_fails_on_one_rank_is_told_once_with_its_name(uninterrupted: Path, tmp_path: Path) -> None:
+def test_what_fails_on_one_rank_is_told_once_with_its_name(uninterrupted: Path, tmp_path: Path, start: Start) -> None:
     (tmp_path / "sitecustomize.py").write_text(FAILS_ALONE)
     words = (
         "--ranks",
@@ -210,7 +213,7 @@ def test_what_fails_on_one_rank_is_told_once_with_its_name(uninterrupted: Path, 
         "pretrain",
         str(uninterrupted / "run.yaml"),
     )
-    process = moe_process("launch", *words, f"run_dir={tmp_path / 'run'}")
+    process = start(*words, f"run_dir={tmp_path / 'run'}")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     lines = errors.splitlines()
@@ -225,12 +228,12 @@ def test_what_fails_on_one_rank_is_told_once_with_its_name(uninterrupted: Path, 
 @pytest.mark.distributed
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_reaches_the_ranks_which_save_and_leave_nothing_behind(
-    tiny: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], number: int
+    tiny: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], number: int, start: Start
 ) -> None:
     tiny["train"]["max_steps"] = 100_000
     tiny["checkpoint"] = {"every": 2}
     config = write_config(tiny)
-    process = moe_process("launch", "--ranks", "2", "--restarts", "1", "--", "pretrain", str(config))
+    process = start("--ranks", "2", "--restarts", "1", "--", "pretrain", str(config))
     checkpoint_beyond(tiny["run_dir"], 0)
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
@@ -244,11 +247,11 @@ def test_a_stop_reaches_the_ranks_which_save_and_leave_nothing_behind(
 @pytest.mark.distributed
 @pytest.mark.parametrize("how", ["launcher killed", "asked twice"])
 def test_no_rank_outlives_its_launcher(
-    tiny: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], how: str
+    tiny: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], how: str, start: Start
 ) -> None:
     tiny["train"]["max_steps"] = 100_000
     config = write_config(tiny)
-    process = moe_process("launch", "--ranks", "2", "--", "pretrain", str(config))
+    process = start("--ranks", "2", "--", "pretrain", str(config))
     wait_for(lambda: "step 2" in os.read(process.stdout.fileno(), 10**5).decode())  # type: ignore[union-attr]
     ranks = ranks_below(process.pid)
     assert set(ranks) == {0, 1}

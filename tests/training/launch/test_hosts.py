@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from routing.errors import UserError
-from tests.training.conftest import ROOT, moe_process, write_yaml
+from tests.training.conftest import ROOT, write_yaml
+from tests.training.launch.conftest import Start
 from tests.training.launch.processes import assert_no_process_names, checkpoint_beyond
 from training.checkpoint_files import find_fault
 from training.launch.hosts import _for_a_shell, _in_quotes, read_hostfile, run_on_hosts
@@ -61,29 +62,29 @@ def test_a_variable_of_several_lines_is_refused(tmp_path: Path) -> None:
         run_on_hosts(hostfile(tmp_path, "a slots=1\n"), None, ["pretrain"], {"A": "1\n2"})
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["plain", 'data.corpus={kind: text, files: ["a b/*.txt"]}', "a=$HOME", 'a b=$HOME `x` \\ "', "a;b&c|d'e", "*"],
-)
-def test_words_and_values_survive_deepspeed_and_a_shell(tmp_path: Path, text: str) -> None:
+def test_words_and_values_survive_deepspeed_and_a_shell(tmp_path: Path) -> None:
+    texts = [
+        "plain",
+        'data.corpus={kind: text, files: ["a b/*.txt"]}',
+        "a=$HOME",
+        'a b=$HOME `x` \\ "',
+        "a;b&c|d'e",
+        "*",
+    ]
     # As DeepSpeed's PDSHRunner puts them into a command line.
     code = (
         "import sys; from types import SimpleNamespace as N\n"
         "from deepspeed.launcher.multinode_runner import PDSHRunner\n"
-        "r = PDSHRunner(N(user_args=sys.argv[1:2], user_script=''), ''); r.add_export('A', sys.argv[2]);"
-        "print(r.user_arguments[0]); print(r.exports['A'])"
+        "words, values = sys.argv[1::2], sys.argv[2::2]\n"
+        "runner = PDSHRunner(N(user_args=words, user_script=''), '')\n"
+        "for n, value in enumerate(values): runner.add_export(f'A{n}', value)\n"
+        "print(*(f'export {name}={value};' for name, value in runner.exports.items()), 'show', *runner.user_arguments)"
     )
-    python = [sys.executable, "-c", code, _for_a_shell(text), _in_quotes(text)]
-    result = subprocess.run(python, cwd=ROOT, capture_output=True, text=True, check=True)
-    word, value = result.stdout.splitlines()[-2:]
-    shell = subprocess.run(
-        ["sh", "-c", f"export A={value}; printf '%s\\n' {word} \"$A\""],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert shell.stdout == f"{text}\n{text}\n"
+    python = [sys.executable, "-c", code, *(made(text) for text in texts for made in (_for_a_shell, _in_quotes))]
+    line = subprocess.run(python, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    show = """show() { printf '%s\\n' "$@" "$A0" "$A1" "$A2" "$A3" "$A4" "$A5"; }; """
+    shell = subprocess.run(["sh", "-c", show + line], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert shell.stdout.splitlines() == texts * 2
 
 
 @pytest.fixture
@@ -100,16 +101,16 @@ def machines(tmp_path: Path) -> dict[str, str]:
         "PATH": f"{folder}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "FAKE_MACHINES": str(folder),
-        "HOME": str(folder),
     }
 
 
 @pytest.mark.distributed
 def test_two_machines_train_with_the_variables_they_are_given(
-    exact: dict[str, Any], tmp_path: Path, machines: dict[str, str]
+    exact: dict[str, Any], tmp_path: Path, machines: dict[str, str], start: Start
 ) -> None:
     config = str(write_yaml(tmp_path / "run.yaml", exact))
-    (tmp_path / "machines" / ".deepspeed_env").write_text("FROM_THE_USERS_FILE=kept\n")
+    (tmp_path / "variables").write_text("FROM_THE_USERS_FILE=kept\n")
+    machines["DS_ENV_FILE"] = str(tmp_path / "variables")
     # What the ranks' environment is, told by themselves.
     (tmp_path / "sitecustomize.py").write_text(
         "import os, pathlib\n"
@@ -118,9 +119,7 @@ def test_two_machines_train_with_the_variables_they_are_given(
     )
     machines["PYTHONPATH"] += f":{tmp_path}"
     words = ("--hostfile", str(tmp_path / "hosts.txt"), "--env", "NCCL_DEBUG=WARN", "--env", "WITH=a $b 'c' \"d\"")
-    process = moe_process(
-        "launch", *words, "--env", "OMP_NUM_THREADS", "--", "pretrain", config, "parallel={expert: 2}", **machines
-    )
+    process = start(*words, "--env", "OMP_NUM_THREADS", "--", "pretrain", config, "parallel={expert: 2}", **machines)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, output + errors
     assert json.loads((Path(exact["run_dir"]) / "summary.json").read_text())["world_size"] == 2
@@ -147,13 +146,14 @@ def ranks_of(config: str) -> list[psutil.Process]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("how", ["asked to stop", "rank killed", "launcher killed"])
-def test_nothing_stays_on_any_machine(tiny: dict[str, Any], tmp_path: Path, machines: dict[str, str], how: str) -> None:
+def test_nothing_stays_on_any_machine(
+    tiny: dict[str, Any], tmp_path: Path, machines: dict[str, str], how: str, start: Start
+) -> None:
     tiny["train"]["max_steps"] = 100_000
     tiny["checkpoint"] = {"every": 2}
     config = str(write_yaml(tmp_path / "run.yaml", tiny))
-    process = moe_process(
-        "launch", "--hostfile", str(tmp_path / "hosts.txt"), "--", "pretrain", config, OMP_NUM_THREADS="1", **machines
-    )
+    words = ("--hostfile", str(tmp_path / "hosts.txt"), "--env", "OMP_NUM_THREADS", "--", "pretrain", config)
+    process = start(*words, **machines)
     checkpoint_beyond(tiny["run_dir"], 0)
     ranks = ranks_of(config)
     assert len(ranks) == 2
