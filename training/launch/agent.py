@@ -125,9 +125,8 @@ class _Agent(LocalElasticAgent):
         return result
 
     def _what_next(self, restarts: int) -> str:
-        left = self._remaining_restarts
-        if left:
-            return f"starting again from the last whole checkpoint ({left} of {restarts} restarts left)"
+        if left := self._remaining_restarts:
+            return f"starting again from the last whole checkpoint (restart {restarts - left + 1} of {restarts})"
         return f"all {restarts} restarts are used up" if restarts else "the other ranks were ended"
 
     @contextmanager

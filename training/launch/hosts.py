@@ -21,7 +21,9 @@ from training.launch.agent import INTERRUPTED
 from training.process import end_with_parent
 
 # What DeepSpeed's launchers say of themselves, after pdsh's "host: "; of a failure it is said here, in a line.
-NOISE = re.compile(r"(?:(?P<host>\S+): )?\[[^\]]*\] \[(?:INFO|WARNING|ERROR)\] \[(?:launch|runner)\.py:.*")
+NOISE = re.compile(
+    r"(?:(?P<host>\S+): )?\[[^\]]*\] \[(?:INFO|WARNING|ERROR)\] \[(?:launch|runner|real_accelerator)\.py:.*"
+)
 KILLED = re.compile(r"exits with return code = -(?P<signal>\d+)")
 
 
@@ -129,7 +131,8 @@ def _attend(launcher: "subprocess.Popen[str]", everywhere: list[str], port: str)
                 # Not through the launcher: it would hang up at once, and ranks that print can't save then. From the
                 # start of the line, so that it isn't the shell that is found, which has the same words in it.
                 how = "TERM" if passed_on == 1 else "KILL"
-                ranks = f'"$(pgrep -d, -f "^[^ ]+ -u -m deepspeed.launcher.launch .*master_port={port} ")"'
+                launchers = f"^[^ ]+ -u -m deepspeed.launcher.launch .*--node_rank=%n .*--master_port={port} "
+                ranks = f'"$(pgrep -d, -f "{launchers}")"'
                 subprocess.run([*everywhere, f"pkill -{how} -P {ranks}"], check=False, start_new_session=True)
             time.sleep(0.1)
     finally:

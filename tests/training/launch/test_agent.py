@@ -49,7 +49,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, text_file: Path, cac
     data["checkpoint"] = {"every": 4}
     config = str(write_yaml(folder / "run.yaml", data))
     process = moe_process("launch", "--ranks", "2", "--", "pretrain", config, "log.every=3", *SPREAD)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, output + errors
     assert "moe launch" not in errors
     (folder / "output.txt").write_text(output, encoding="utf-8")
@@ -84,22 +84,21 @@ def test_two_ranks_end_where_one_process_does(uninterrupted: Path, tmp_path: Pat
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("rank", [0, 1])
 def test_after_a_killed_rank_all_start_again_and_end_bit_for_bit_alike(
-    uninterrupted: Path, tmp_path: Path, rank: int, start: Start
+    uninterrupted: Path, tmp_path: Path, start: Start
 ) -> None:
     run, config = str(tmp_path / "run"), str(uninterrupted / "run.yaml")
     words = ("--ranks", "2", "--restarts", "1", "--", "pretrain", config, f"run_dir={run}", *SPREAD)
     process = start(*words)
     checkpoint_beyond(run, 0)
-    ranks_below(process.pid)[rank].kill()
-    output, errors = process.communicate(timeout=120)
+    ranks_below(process.pid)[0].kill()  # which reports, holds the lock, and puts checkpoints into their place
+    output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, output + errors
     assert re.findall(r"resumed from", output) == ["resumed from"]
     told = [line for line in errors.splitlines() if line.startswith("moe launch")]
     assert told == [
-        f"moe launch: rank {rank} was killed by SIGKILL (out of memory?); starting again from the last whole "
-        "checkpoint (1 of 1 restarts left)"
+        "moe launch: rank 0 was killed by SIGKILL (out of memory?); starting again from the last whole "
+        "checkpoint (restart 1 of 1)"
     ]
     assert "Traceback" not in errors
     last = f"step-{STEPS:06d}"
@@ -112,7 +111,7 @@ def test_after_a_killed_rank_all_start_again_and_end_bit_for_bit_alike(
 @pytest.mark.distributed
 def test_after_a_lost_machine_the_others_go_on(uninterrupted: Path, tmp_path: Path, start: Start) -> None:
     run, config, meeting = str(tmp_path / "run"), str(uninterrupted / "run.yaml"), f"localhost:{free_port()}"
-    words = ("--ranks", "1", "--nodes", "1:2", "--rendezvous", meeting, "--last-call", "4", "--restarts", "1")
+    words = ("--ranks", "1", "--nodes", "1:2", "--rendezvous", meeting, "--last-call", "2", "--restarts", "1")
     first = start(*words, "--", "pretrain", config, f"run_dir={run}")
     wait_for(lambda: listening(first.pid))  # it is the one that keeps the meeting
     second = start(*words, "--", "pretrain", config, f"run_dir={run}")
@@ -121,8 +120,8 @@ def test_after_a_lost_machine_the_others_go_on(uninterrupted: Path, tmp_path: Pa
     lost = list(ranks_below(second.pid).values())
     second.kill()
     wait_for(lambda: not any(rank.is_running() and rank.status() != "zombie" for rank in lost), 5)
-    second.communicate(timeout=10)
-    output, errors = first.communicate(timeout=120)
+    second.communicate(timeout=60)
+    output, errors = first.communicate(timeout=240)
     assert first.returncode == 0, output + errors
     assert int(re.findall(r"step (\d+) of", output)[-1]) >= reached
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 1
@@ -139,44 +138,28 @@ def test_after_the_last_restart_it_fails_with_one_message(uninterrupted: Path, s
     # A rank whose Python finds no library ends before it does anything.
     words = ("--ranks", "1", "--restarts", "2", "--env", "PYTHONHOME=/nowhere")
     process = start(*words, "--", "pretrain", str(uninterrupted / "run.yaml"))
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 1
     assert [line for line in errors.splitlines() if line.startswith("moe launch")] == [
-        "moe launch: rank 0 failed with exit code 1; starting again from the last whole checkpoint "
-        "(2 of 2 restarts left)",
-        "moe launch: rank 0 failed with exit code 1; starting again from the last whole checkpoint "
-        "(1 of 2 restarts left)",
+        "moe launch: rank 0 failed with exit code 1; starting again from the last whole checkpoint (restart 1 of 2)",
+        "moe launch: rank 0 failed with exit code 1; starting again from the last whole checkpoint (restart 2 of 2)",
         "moe launch: rank 0 failed with exit code 1; all 2 restarts are used up",
     ]
     assert "Traceback" not in errors
 
 
 @pytest.mark.distributed
-def test_a_mistake_is_told_once_and_not_tried_again(
-    tiny: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path, start: Start
-) -> None:
-    tiny["data"]["corpus"]["files"] = [str(tmp_path / "none.txt")]
-    config = write_config(tiny)
-    process = start("--ranks", "2", "--restarts", "3", "--", "pretrain", str(config))
-    output, errors = process.communicate(timeout=120)
+def test_a_mistake_is_told_once_and_not_tried_again(uninterrupted: Path, tmp_path: Path, start: Start) -> None:
+    # One that comes up when ranks are fewer than they were.
+    words = ("--ranks", "2", "--restarts", "3", "--", "pretrain", str(uninterrupted / "run.yaml"))
+    process = start(*words, f"run_dir={tmp_path / 'run'}", "parallel.expert=4")
+    output, errors = process.communicate(timeout=240)
     assert process.returncode == 2
     assert output == ""
-    assert errors.startswith("moe pretrain: no file matches")
+    assert errors.startswith("moe pretrain: parallel.expert is 4, but 2 rank(s) can't be cut into groups of 4")
     assert len(errors.splitlines()) == 1
-    assert not Path(tiny["run_dir"]).exists()
-    assert_no_process_names(str(config))
-
-
-@pytest.mark.distributed
-def test_ranks_that_experts_cannot_be_spread_over_are_not_tried_again(
-    uninterrupted: Path, tmp_path: Path, start: Start
-) -> None:
-    words = ("--ranks", "1", "--restarts", "3", "--", "pretrain", str(uninterrupted / "run.yaml"))
-    process = start(*words, f"run_dir={tmp_path / 'run'}", "parallel.expert=2")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert errors.startswith("moe pretrain: parallel.expert is 2, but 1 rank(s) can't be cut into groups of 2")
-    assert len(errors.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+    assert_no_process_names(str(tmp_path))
 
 
 @pytest.mark.distributed
@@ -185,7 +168,7 @@ def test_a_loss_that_is_not_finite_is_told_once_and_not_tried_again(
 ) -> None:
     words = ("--ranks", "2", "--restarts", "3", "--", "pretrain", str(uninterrupted / "run.yaml"))
     process = start(*words, f"run_dir={tmp_path / 'run'}", "optimizer.lr=1e30")
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 1
     assert errors.startswith("moe pretrain: training is not finite any more")
     assert len(errors.splitlines()) == 1
@@ -214,7 +197,7 @@ def test_what_fails_on_one_rank_is_told_once_with_its_name(uninterrupted: Path, 
         str(uninterrupted / "run.yaml"),
     )
     process = start(*words, f"run_dir={tmp_path / 'run'}")
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 1
     lines = errors.splitlines()
     assert lines[:2] == ["moe pretrain: rank 1 failed", "Traceback (most recent call last):"]
@@ -226,17 +209,16 @@ def test_what_fails_on_one_rank_is_told_once_with_its_name(uninterrupted: Path, 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_reaches_the_ranks_which_save_and_leave_nothing_behind(
-    tiny: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], number: int, start: Start
+    tiny: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], start: Start
 ) -> None:
     tiny["train"]["max_steps"] = 100_000
     tiny["checkpoint"] = {"every": 2}
     config = write_config(tiny)
     process = start("--ranks", "2", "--restarts", "1", "--", "pretrain", str(config))
     checkpoint_beyond(tiny["run_dir"], 0)
-    process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, output + errors
     assert output.count("stopped at step") == 1
     latest = Path(tiny["run_dir"]) / "checkpoints" / "latest"
@@ -265,7 +247,7 @@ def test_no_rank_outlives_its_launcher(
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         code = 130
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in errors
     assert_no_process_names(str(config))

@@ -120,7 +120,7 @@ def test_two_machines_train_with_the_variables_they_are_given(
     machines["PYTHONPATH"] += f":{tmp_path}"
     words = ("--hostfile", str(tmp_path / "hosts.txt"), "--env", "NCCL_DEBUG=WARN", "--env", "WITH=a $b 'c' \"d\"")
     process = start(*words, "--env", "OMP_NUM_THREADS", "--", "pretrain", config, "parallel={expert: 2}", **machines)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, output + errors
     assert json.loads((Path(exact["run_dir"]) / "summary.json").read_text())["world_size"] == 2
     assert "one: step 6: loss" in output
@@ -163,7 +163,7 @@ def test_nothing_stays_on_any_machine(
         ranks[0].kill()
     else:
         process.kill()
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=240)
     told = [line for line in errors.splitlines() if line.startswith("moe launch")]
     if how == "asked to stop":
         assert process.returncode == 0, output + errors

@@ -61,7 +61,7 @@ def test_the_scripts_of_the_docs_train_on_two_tasks(exact: dict[str, Any], tmp_p
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert process.returncode == 0, process.stdout + process.stderr
