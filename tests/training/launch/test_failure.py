@@ -11,7 +11,7 @@ from tests.training.conftest import write_yaml
 from training.cli import main
 from training.launch.failure import explain, lost_others, message_of, tells
 
-LOST = RuntimeError("[/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer.\nmore")
+LOST = RuntimeError("[/gloo/transport/tcp/pair.cc:537] [::1]:1: Connection reset by peer.\nmore")
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def test_losing_another_rank_is_no_failure_of_ones_own() -> None:
 
 def test_it_is_explained_with_the_ranks_name() -> None:
     assert explain(LOST) == (
-        "rank 1 lost another rank: [/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer."
+        "rank 1 lost another rank: [/gloo/transport/tcp/pair.cc:537] [::1]:1: Connection reset by peer."
     )
     try:
         raise KeyError("a")
