@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from training.process import tune_cpu
+from training.process import end_with_parent, launched, tune_cpu
 
 tune_cpu()  # before anything imports torch
 
@@ -18,13 +18,16 @@ from routing.errors import UserError  # noqa: E402
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; what the user can mend is told in a few lines on stderr, without a traceback."""
     options = _parser().parse_args(arguments)
+    if launched():
+        end_with_parent()  # no rank outlives its launcher
     try:
         return int(options.run(options))
     except UserError as error:
         print(f"moe {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # during training it is a request to save and stop instead
-        print(f"moe {options.command}: interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"moe {options.command}: interrupted", file=sys.stderr)
         return 130
 
 
@@ -55,7 +58,14 @@ def _parser() -> argparse.ArgumentParser:
 
     launch = commands.add_parser("launch", help="run a moe command on several processes")
     launch.add_argument("--ranks", type=int, help="processes on each machine (default: one per GPU)")
-    launch.add_argument("--hostfile", type=Path, help="machines, one 'name slots=N' a line")
+    launch.add_argument("--hostfile", type=Path, help="machines to start it on by ssh, one 'name slots=N' a line")
+    launch.add_argument("--nodes", metavar="MIN[:MAX]", help="machines on each of which this very command is started")
+    launch.add_argument("--rendezvous", metavar="HOST:PORT", help="one of these machines, and a free port there")
+    launch.add_argument("--last-call", type=int, default=30, metavar="SECONDS", help="wait for MAX once MIN are there")
+    launch.add_argument("--restarts", type=int, default=0, help="how often to start again after a crash (default 0)")
+    launch.add_argument(
+        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="environment of all ranks; may be repeated"
+    )
     launch.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="pretrain CONFIG.yaml ...")
     launch.set_defaults(run=_launch)
     return parser
@@ -82,22 +92,32 @@ def _pretrain_until_interrupted(options: argparse.Namespace) -> int:
 
     run = load_run_config(options.config, options.overrides)
     from training.engine import FailedElsewhere, stop_processes
+    from training.launch.agent import refuse_losing_restarts
+    from training.launch.failure import explain, tells
     from training.pretrain import pretrain
     from training.step import NonFiniteLoss
 
     try:
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            refuse_losing_restarts(run)
         pretrain(run)
-    except NonFiniteLoss as error:
-        if os.environ.get("RANK", "0") == "0":  # raised on every rank, told once
+    except FailedElsewhere:
+        return 2
+    except Exception as error:
+        if not tells(error):
+            return 2 if isinstance(error, UserError) else 1
+        if isinstance(error, NonFiniteLoss):
             print(
                 f"moe pretrain: training is not finite any more ({error}). It stopped and saved nothing of that; "
                 f"checkpoints in {run.run_dir}/checkpoints, if there are any, are from before. Lower optimizer.lr, or "
                 "raise the schedule's warmup, and start a new run_dir",
                 file=sys.stderr,
             )
+            return 1
+        if isinstance(error, UserError) or "RANK" not in os.environ:
+            raise
+        print(f"moe pretrain: {explain(error)}", file=sys.stderr)
         return 1
-    except FailedElsewhere:
-        return 2
     finally:
         stop_processes()
     return 0
@@ -143,7 +163,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _launch(options: argparse.Namespace) -> int:
     from training.config import load_run_config
-    from training.launch import launch
+    from training.launch.launch import Launch, launch, rendezvous, variables
 
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
     if not words:
@@ -151,9 +171,12 @@ def _launch(options: argparse.Namespace) -> int:
     if words[0] == "launch":
         raise UserError("launch can't launch itself; say what to run, such as: -- pretrain CONFIG.yaml")
     command = _parser().parse_args(words)
-    if command.run is _pretrain:
-        load_run_config(command.config, command.overrides)  # a mistake is told once, not by every rank
-    return launch(options.ranks, options.hostfile, words)
+    # A mistake is told once, not by every rank.
+    run = load_run_config(command.config, command.overrides) if command.run is _pretrain else None
+    meeting = rendezvous(options.nodes, options.rendezvous, options.last_call)
+    return launch(
+        Launch(options.ranks, words, variables(options.env), options.hostfile, meeting, options.restarts), run
+    )
 
 
 def leave(code: int) -> NoReturn:

@@ -2,8 +2,10 @@
 
 import ctypes
 import os
+import signal
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
+_PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 
 def tune_cpu() -> None:
@@ -19,3 +21,15 @@ def tune_cpu() -> None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(_M_TOP_PAD, 64 * 2**20)
+
+
+def end_with_parent(signum: int = signal.SIGKILL) -> None:
+    """Let the kernel send this process a signal when its parent ends, in whatever way. On Linux; elsewhere nothing."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, int(signum))
+
+
+def launched() -> bool:
+    """Whether torch's agent or DeepSpeed's launcher started this process as a rank."""
+    return not os.environ.keys().isdisjoint({"TORCHELASTIC_RUN_ID", "CROSS_RANK"})
