@@ -14,6 +14,7 @@ from training.data.packing import TrainingStream
 from training.engine import Ranks
 from training.evaluate import Evaluation
 from training.metrics import RunLog
+from training.process import launched
 from training.schedule import learning_rate_factor
 from training.step import train_step
 
@@ -25,7 +26,9 @@ class StopRequest:
         self.asked = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if self.asked:  # again: somebody doesn't want to wait for the step's end
+        # Again: somebody doesn't want to wait for the step's end. A launcher would have killed its ranks instead; what
+        # they hear twice is one request, of a scheduler to all processes and of the launcher to its ranks.
+        if self.asked and not launched():
             raise KeyboardInterrupt
         self.asked = True
 

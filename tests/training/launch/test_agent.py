@@ -22,13 +22,13 @@ from routing.errors import UserError
 from tests.training.conftest import (
     ROOT,
     contents,
-    free_port,
     moe_process,
     saved_bits,
     tiny_data,
     without_dropout,
     write_yaml,
 )
+from tests.training.forked import free_port
 from tests.training.launch.conftest import Start
 from tests.training.launch.processes import assert_no_process_names, checkpoint_beyond, ranks_below, wait_for
 from training.checkpoint_files import find_fault

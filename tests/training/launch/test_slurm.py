@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.training.conftest import ROOT, free_port, write_yaml
+from tests.training.conftest import ROOT, write_yaml
+from tests.training.forked import free_port
 from tests.training.launch.processes import assert_no_process_names
 
 SRUN = """#!/bin/sh
