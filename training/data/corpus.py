@@ -127,13 +127,17 @@ def _stamp(config: CorpusConfig) -> str:
         case PythonDocsCorpus():
             return sys.version
         case TextCorpus() | JsonlCorpus() | ParquetCorpus():
-            return repr([(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in matching(config.files)])
-        case StreamCorpus(of=HubCorpus()):
-            return open_source(config.of).stamp
+            return _state_of(matching(config.files))
         case StreamCorpus():
-            return _stamp(config.of)
+            return _state_of(open_source(config.of).names)
         case HubCorpus():
             return ""
+
+
+def _state_of(names: list[str]) -> str:
+    """Names, and of local files what changes with their content."""
+    stats = [os.stat(name) if os.path.isfile(name) else None for name in names]
+    return repr([(name, s and (s.st_size, s.st_mtime_ns)) for name, s in zip(names, stats, strict=True)])
 
 
 def _rows(config: str, stamp: str) -> Iterator[dict[str, str]]:

@@ -62,14 +62,15 @@ class Lane:
             DataError: if a document can't be read, or if there is none.
         """
         taken: list[Sequence] = []
-        while True:
+        while tokens:
             sequence, after = self._next or next(self._ahead)
-            self._next = sequence, after
             if len(sequence.ids) > tokens:
-                return taken
+                self._next = sequence, after
+                break
             tokens -= len(sequence.ids)
             taken.append(sequence)
             self._next, self.position = None, after
+        return taken
 
     def _sequences(self, position: LanePosition) -> Iterator[tuple[Sequence, LanePosition]]:
         """Everything from `position` on, each sequence with the position behind it."""

@@ -112,11 +112,11 @@ def step_source(
 def fingerprint(train: Dataset | Stream) -> str:
     """Says in short whether a position means the same sequences as before.
 
-    Of a dataset it knows all lengths and some of the text; of a stream, which isn't read for it, the files' names and,
-    where they are local, their sizes.
+    Of a dataset it knows all lengths and some of the text; of a stream the files' names alone, so that a damaged file
+    can be repaired.
     """
     if isinstance(train, Stream):
-        digest = hashlib.sha256(train.source.stamp.encode()).hexdigest()[:12]
+        digest = hashlib.sha256(json.dumps(train.source.relative_names()).encode()).hexdigest()[:12]
         return f"a stream of {len(train.source.names):,} files in {train.config.lanes} lanes ({digest})"
     lengths = sequence_lengths(train)
     sample = train.select(range(0, len(lengths), max(1, len(lengths) // 1000)))

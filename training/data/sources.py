@@ -82,7 +82,13 @@ class Source(NamedTuple):
 
     names: list[str]
     texts: Callable[[int, int, int], Iterator[str]]  # (file, row, step): the texts of rows row, row + step, ...
-    stamp: str  # changes with the files
+
+    def relative_names(self) -> list[str]:
+        """The names; of local files only what tells them apart, so that their folder may move."""
+        if not all(map(os.path.isabs, self.names)):
+            return self.names
+        folder = os.path.commonpath([os.path.dirname(name) for name in self.names])
+        return [os.path.relpath(name, folder) for name in self.names]
 
 
 def open_source(config: FileCorpus | HubCorpus) -> Source:
@@ -96,9 +102,7 @@ def open_source(config: FileCorpus | HubCorpus) -> Source:
     if isinstance(config, HubCorpus):
         return _hub_source(config)
     names = matching(config.files)
-    folder = os.path.commonpath([os.path.dirname(name) for name in names])  # which may move
-    stamp = repr([(os.path.relpath(name, folder), os.stat(name).st_size) for name in names])
-    return Source(names, lambda file, row, step: file_texts(config, names[file], row, step), stamp)
+    return Source(names, lambda file, row, step: file_texts(config, names[file], row, step))
 
 
 def file_texts(config: FileCorpus, file: str, row: int = 0, step: int = 1) -> Iterator[str]:
@@ -197,7 +201,9 @@ def _parquet_texts(file: str, column: str, row: int, step: int) -> Iterator[str]
                     yield from _column_texts(batch.column(0), first, row, step, column, file)
                     first += len(batch)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{file} isn't a readable parquet file: {error}; it was read up to row {first}") from None
+        raise DataError(
+            f"{file} isn't a readable parquet file: {_told(error)}; it was read up to row {first}"
+        ) from None
 
 
 def _hub_source(config: HubCorpus) -> Source:
@@ -213,8 +219,7 @@ def _hub_source(config: HubCorpus) -> Source:
         names = [str(name) for name in found]
     else:
         names = [f"{config.name}, file {number} of {rows.num_shards}" for number in range(1, rows.num_shards + 1)]
-    stamp = repr([(name, os.stat(name).st_size if os.path.isfile(name) else None) for name in names])
-    return Source(names, partial(_streamed_texts, config, rows, names), stamp)
+    return Source(names, partial(_streamed_texts, config, rows, names))
 
 
 def _streamed_texts(
