@@ -82,12 +82,17 @@ def damaged(data: dict[str, Any], folder: Path) -> Path:
     return write_yaml(folder / "run.yaml", data)
 
 
-def test_a_damaged_document_is_told(
+def test_a_damaged_document_is_told_and_repaired_the_run_goes_on(
     streamed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["pretrain", str(damaged(streamed, tmp_path))]) == 2
+    whole = (tmp_path / "1.jsonl").read_text()
+    config = str(damaged(streamed, tmp_path))
+    assert main(["pretrain", config]) == 2
     assert f"moe pretrain: {tmp_path}/1.jsonl, line 14 isn't valid JSON" in capsys.readouterr().err
-    assert (tmp_path / "run" / "checkpoints" / "latest").exists()
+    reached = (tmp_path / "run" / "checkpoints" / "latest").read_text()
+    (tmp_path / "1.jsonl").write_text(whole)
+    assert main(["pretrain", config]) == 0
+    assert f"resumed from {tmp_path}/run/checkpoints/{reached.strip()}" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_an_empty_lane_is_told_before_anything_is_written(
@@ -120,5 +125,5 @@ def test_another_file_or_other_lanes_are_refused(
     (tmp_path / "3.jsonl").write_text('{"text": "Another."}')
     assert main(["pretrain", config]) == 2
     message = capsys.readouterr().err
-    assert "it was trained on a stream of 3 files in 4 lanes (" in message
-    assert "but the corpus now gives a stream of 4 files in 4 lanes (" in message
+    assert "it was trained on a stream of 3 file(s) in 4 lanes (" in message
+    assert "but the corpus now gives a stream of 4 file(s) in 4 lanes (" in message

@@ -117,7 +117,7 @@ def fingerprint(train: Dataset | Stream) -> str:
     """
     if isinstance(train, Stream):
         digest = hashlib.sha256(json.dumps(train.source.relative_names()).encode()).hexdigest()[:12]
-        return f"a stream of {len(train.source.names):,} files in {train.config.lanes} lanes ({digest})"
+        return f"a stream of {len(train.source.names):,} file(s) in {train.config.lanes} lanes ({digest})"
     lengths = sequence_lengths(train)
     sample = train.select(range(0, len(lengths), max(1, len(lengths) // 1000)))
     digest = hashlib.sha256(lengths.tobytes() + json.dumps(sample["input_ids"][:]).encode()).hexdigest()[:12]

@@ -16,11 +16,15 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import datasets
 import pyarrow
+from datasets.packaged_modules.parquet.parquet import ParquetConfig
 from pyarrow import parquet
 from pydantic import Field, model_validator
 
 from routing.config import Config
 from training.data.errors import DataError
+
+# Rows of a table that are read at a time.
+_BATCH = 1000
 
 Files = Annotated[list[str], Field(min_length=1)]
 
@@ -197,7 +201,7 @@ def _parquet_texts(file: str, column: str, row: int, step: int) -> Iterator[str]
                 if _index(row, step, first) >= rows:  # a group without a row to give isn't read
                     first += rows
                     continue
-                for batch in table.iter_batches(row_groups=[group], columns=[column]):
+                for batch in table.iter_batches(_BATCH, row_groups=[group], columns=[column]):
                     yield from _column_texts(batch.column(0), first, row, step, column, file)
                     first += len(batch)
     except (pyarrow.ArrowException, OSError) as error:
@@ -213,6 +217,9 @@ def _hub_source(config: HubCorpus) -> Source:
         rows = builder.as_streaming_dataset(split=config.split)
         if rows.column_names is not None:
             check_column(rows.column_names, config.column, config.name)
+        if isinstance(builder.config, ParquetConfig):  # or whole row groups with all columns are fetched and held
+            builder.config.columns, builder.config.batch_size = [config.column], _BATCH
+            rows = builder.as_streaming_dataset(split=config.split)
         rows = rows.select_columns(config.column).with_format("arrow")
     found = (builder.config.data_files or {}).get(config.split, [])
     if len(found) == rows.num_shards:
@@ -227,7 +234,7 @@ def _streamed_texts(
 ) -> Iterator[str]:
     first = 0  # row of the table
     try:
-        for table in rows.shard(num_shards=len(names), index=file).iter(batch_size=1000):
+        for table in rows.shard(num_shards=len(names), index=file).iter(batch_size=_BATCH):
             yield from _column_texts(table.column(0), first, row, step, config.column, names[file])
             first += len(table)
     except DataError:

@@ -117,7 +117,7 @@ def test_a_streams_fingerprint_is_its_files_names(config: DataConfig, files: lis
         return fingerprint(prepare(config.model_copy(update={"corpus": corpus})).train)
 
     before = found(files)
-    assert before.startswith("a stream of 3 files in 2 lanes (")
+    assert before.startswith("a stream of 3 file(s) in 2 lanes (")
     with open(files[0], "a") as file:
         file.write("\n")
     assert found(files) == before
