@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.training.conftest import run_ranks, write_yaml
+from tests.training.conftest import run_ranks, tiny_data, without_dropout, write_yaml
 from tests.training.workers import pretrain_all
-from training.checkpoint_files import TrainState, read_state
+from training.checkpoint_files import TrainState, find_fault, read_state
 from training.cli import main
 from training.config import RunConfig
 from training.data.position import StreamPosition
@@ -18,17 +18,43 @@ from training.pretrain import pretrain
 pytestmark = pytest.mark.usefixtures("alone")
 
 
-@pytest.fixture
-def streamed(exact: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """The exact run over three files in four lanes, six steps, each of them saved."""
+def streamed_data(folder: Path, text_file: Path, cache_dir: Path) -> dict[str, Any]:
+    """The exact run over three files in four lanes, six steps, each of them saved; all of it in `folder`."""
+    data = without_dropout(tiny_data(folder, text_file, cache_dir))
     paragraphs = [p for name in sorted(topics.topics)[:12] for p in topics.topics[name].split("\n\n")]
     for file in range(3):
         rows = [json.dumps({"text": text}) for text in paragraphs[file::3][: 60 - 9 * file]]
-        (tmp_path / f"{file}.jsonl").write_text("\n".join(rows))
-    of = {"kind": "jsonl", "files": [f"{tmp_path}/*.jsonl"]}
-    exact["data"]["corpus"] = {"kind": "stream", "of": of, "lanes": 4, "window": 16, "sample": 120}
-    exact["checkpoint"] = {"every": 1, "keep": 9}
-    return exact
+        (folder / f"{file}.jsonl").write_text("\n".join(rows))
+    of = {"kind": "jsonl", "files": [f"{folder}/*.jsonl"]}
+    data["data"]["corpus"] = {"kind": "stream", "of": of, "lanes": 4, "window": 16, "sample": 120}
+    data["checkpoint"] = {"every": 1, "keep": 9}
+    return data
+
+
+def damaged(data: dict[str, Any], folder: Path) -> Path:
+    """The config of a run that comes upon a line that isn't JSON: a file's 14th, behind the sample and the start."""
+    data["data"]["corpus"] |= {"window": 4, "sample": 40}
+    data["checkpoint"]["every"] = 3
+    data["train"]["max_steps"] = 60
+    lines = (folder / "1.jsonl").read_text().splitlines()
+    (folder / "1.jsonl").write_text("\n".join([*lines[:13], '{"text": ', *lines[14:]]))
+    return write_yaml(folder / "run.yaml", data)
+
+
+@pytest.fixture
+def streamed(tmp_path: Path, text_file: Path, cache_dir: Path) -> dict[str, Any]:
+    return streamed_data(tmp_path, text_file, cache_dir)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, text_file: Path, cache_dir: Path) -> Path:
+    """A folder where two ranks left `whole/`, and in `damaged/` a run that failed."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    (folder / "damaged").mkdir()
+    failing = damaged(streamed_data(folder / "damaged", text_file, cache_dir), folder / "damaged")
+    config = write_yaml(folder / "run.yaml", streamed_data(folder, text_file, cache_dir))
+    run_ranks(2, "fail_to_read", str(failing), str(folder), f"{config},whole,0")
+    return folder
 
 
 def state(run: Path, step: int) -> TrainState:
@@ -55,31 +81,20 @@ def test_a_run_goes_on_from_any_step(streamed: dict[str, Any], tmp_path: Path) -
 
 
 @pytest.mark.distributed
-def test_two_ranks_then_one_then_two_are_as_good_as_two(streamed: dict[str, Any], tmp_path: Path) -> None:
-    config = write_yaml(tmp_path / "run.yaml", streamed)
-    run_ranks(2, "pretrain_all", str(tmp_path), f"{config},whole,0")
-    pretrain_all(str(tmp_path), f"{config},alone,0,{tmp_path}/whole/checkpoints/step-000002")
+def test_two_ranks_then_one_then_two_are_as_good_as_two(two_ranks: Path, tmp_path: Path) -> None:
+    config, whole = two_ranks / "run.yaml", two_ranks / "whole"
+    pretrain_all(str(tmp_path), f"{config},alone,0,{whole}/checkpoints/step-000002")
     run_ranks(2, "pretrain_all", str(tmp_path), f"{config},again,2,{tmp_path}/alone/checkpoints/step-000004")
     for step in (3, 4):
-        assert_same(state(tmp_path / "alone", step), state(tmp_path / "whole", step))
+        assert_same(state(tmp_path / "alone", step), state(whole, step))
     for step in (5, 6):
-        assert_same(state(tmp_path / "again", step), state(tmp_path / "whole", step))
+        assert_same(state(tmp_path / "again", step), state(whole, step))
 
 
 @pytest.mark.distributed
-def test_a_damaged_document_stops_all_ranks(streamed: dict[str, Any], tmp_path: Path) -> None:
-    run_ranks(2, "fail_to_read", str(damaged(streamed, tmp_path)))
-    assert (tmp_path / "run" / "checkpoints" / "latest").exists()
-
-
-def damaged(data: dict[str, Any], folder: Path) -> Path:
-    """The config of a run that comes upon a line that isn't JSON: a file's 14th, behind the sample and the start."""
-    data["data"]["corpus"] |= {"window": 4, "sample": 40}
-    data["checkpoint"]["every"] = 3
-    data["train"]["max_steps"] = 60
-    lines = (folder / "1.jsonl").read_text().splitlines()
-    (folder / "1.jsonl").write_text("\n".join([*lines[:13], '{"text": ', *lines[14:]]))
-    return write_yaml(folder / "run.yaml", data)
+def test_a_damaged_document_stopped_both_ranks(two_ranks: Path) -> None:
+    checkpoints = two_ranks / "damaged" / "run" / "checkpoints"
+    assert find_fault(checkpoints / (checkpoints / "latest").read_text().strip()) is None
 
 
 def test_a_damaged_document_is_told_and_repaired_the_run_goes_on(

@@ -177,8 +177,9 @@ def fail_to_save(config: str, out: str) -> None:
         parameter.data.flatten()[0] = 0.0
 
 
-def fail_to_read(config: str) -> None:
-    """On two ranks, the second of whom comes upon a damaged document in the midst of training."""
+def fail_to_read(config: str, out: str, *cases: str) -> None:
+    """On two ranks `pretrain_all`, and then a run where the second comes upon a damaged document while it trains."""
+    pretrain_all(out, *cases)
     try:
         pretrain(RunConfig.model_validate(yaml.safe_load(Path(config).read_text())))
     except (DataError, FailedElsewhere) as failure:

@@ -94,7 +94,8 @@ def split_held_out(documents: Dataset, fraction: float) -> tuple[Dataset, Datase
         raise DataError(
             f"holding out {fraction:g} of {len(documents)} documents leaves {len(train)} to train on and "
             f"{len(held_out)} held out; change data.held_out, give more documents (of text files, document: "
-            "line cuts the finest), or give data.held_out a corpus of its own"
+            "line cuts the finest; of a stream, data.corpus.sample says how many), or give data.held_out a corpus of "
+            "its own"
         )
     return train, held_out
 
