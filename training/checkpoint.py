@@ -41,7 +41,8 @@ from training.checkpoint_files import (
     write_small_files,
 )
 from training.config import RunConfig
-from training.engine import PATIENCE, Ranks, gather_over_ranks, max_over_ranks, raise_together
+from training.data.position import Position, StreamPosition, merged, to_json
+from training.engine import PATIENCE, Ranks, gather_over_ranks, gather_texts, max_over_ranks, raise_together, together
 from training.optimizer_state import whole_moments, whole_parameters
 from training.shards import Share, TensorSpec, Written, shares, write_shard
 from training.step import NonFiniteLoss
@@ -111,6 +112,7 @@ class Checkpoints:
         folder = step_folder(self._parent, state.step)
         staging = folder.with_name(f".{folder.name}.{self._token:08x}.partial")
         self._start(staging, folder)
+        state = state._replace(position=_whole_position(state.position, ranks))
         self._shares = self._shares or _planned(self._engine, ranks)
         share = self._shares[ranks.rank]
         rng = _collect_rng(ranks)
@@ -159,14 +161,10 @@ class Checkpoints:
             raise NonFiniteLoss(names[worst - 1])
 
     def _start(self, staging: Path, folder: Path) -> None:
-        error = None
-        if self._ranks.is_main:
-            try:
+        with together():
+            if self._ranks.is_main:
                 with told_unwritable(folder):
                     start_folder(staging, folder)
-            except UserError as failure:
-                error = failure
-        raise_together(error)
 
     def _commit(self, staging: Path, folder: Path, state: TrainState, rng: dict[str, Tensor]) -> None:
         """Once all ranks have written theirs, complete the checkpoint and put it into its place."""
@@ -260,6 +258,13 @@ def _merged(markers: Iterable[Path]) -> dict[str, dict[str, Written]]:
         for stem, files in json.loads(marker.read_text(encoding="utf-8")).items():
             merged[stem] |= {name: Written(**file) for name, file in files.items()}
     return merged
+
+
+def _whole_position(position: Position, ranks: Ranks) -> Position:
+    """Of a stream, the positions of all ranks' lanes; a dataset's is the same everywhere. Collective for a stream."""
+    if not isinstance(position, StreamPosition):
+        return position
+    return merged(gather_texts(json.dumps(to_json(position)), ranks))
 
 
 def _collect_rng(ranks: Ranks) -> dict[str, Tensor]:

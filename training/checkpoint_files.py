@@ -25,7 +25,7 @@ from torch import Tensor
 from moe.pretrained import TOKENIZER, save_tensors
 from routing.errors import UserError
 from training.config import RunConfig
-from training.data.packing import DataPosition
+from training.data.position import Position, from_json, to_json
 from training.shards import Written, broken_tensors, index, missing_tensors, sha256
 
 FORMAT = 2
@@ -41,7 +41,7 @@ class TrainState(NamedTuple):
 
     step: int  # optimizer steps taken
     tokens: int  # trained on so far
-    position: DataPosition  # of the next step
+    position: Position  # of the next step; in a stream, on each rank that of its lanes until it is saved
     initial_loss: float | None  # training loss of the first step
     recent_losses: list[float]  # and of the last ones, 50 at most
     seconds: float  # spent in optimizer steps so far
@@ -128,7 +128,7 @@ def write_small_files(
     known |= {name: ((folder / name).stat().st_size, sha256(folder / name)) for name in (*texts, RNG)}
     recorded = {
         "format": FORMAT,
-        "train": state._asdict() | {"position": state.position._asdict()},
+        "train": state._asdict() | {"position": to_json(state.position)},
         "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(known.items())},
     }
     content = json.dumps(recorded, indent=2) + "\n"
@@ -251,4 +251,4 @@ def _sum_line(content: bytes) -> str:
 
 def _train_state(recorded: dict[str, Any]) -> TrainState:
     state = TrainState(**recorded["train"])
-    return state._replace(position=DataPosition(**recorded["train"]["position"]))
+    return state._replace(position=from_json(recorded["train"]["position"]))

@@ -10,6 +10,7 @@ from moe.config import EncoderConfig, ExpertsConfig
 from routing.config import Config
 from routing.errors import UserError
 from training.data.config import DataConfig
+from training.data.stream import StreamCorpus
 
 
 class ObjectiveConfig(Config):
@@ -158,6 +159,13 @@ class RunConfig(Config):
             raise ValueError(
                 f"data.max_length is {self.data.max_length} but there are only model.positions.max_length = "
                 f"{self.model.positions.max_length} learned positions; raise it or lower data.max_length"
+            )
+        corpus = self.data.corpus
+        if isinstance(corpus, StreamCorpus) and self.train.step_tokens // corpus.lanes < self.data.max_length:
+            raise ValueError(
+                f"train.step_tokens is {self.train.step_tokens}, of which each of data.corpus.lanes = {corpus.lanes} "
+                f"lanes gives {self.train.step_tokens // corpus.lanes}, but one sequence may have data.max_length = "
+                f"{self.data.max_length} tokens; raise train.step_tokens or lower data.corpus.lanes"
             )
         self._experts_can_be_spread()
         return self

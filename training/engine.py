@@ -103,6 +103,14 @@ def gather_over_ranks(value: Tensor, ranks: Ranks) -> list[Tensor]:
     return [part.cpu() for part in parts]
 
 
+def gather_texts(text: str, ranks: Ranks) -> list[str]:
+    """Every rank's text, in rank order; spaces at their ends may be lost."""
+    content = text.encode()
+    longest = max_over_ranks(len(content), ranks)
+    padded = torch.frombuffer(bytearray(content.ljust(longest)), dtype=torch.uint8)
+    return [bytes(other.numpy()).decode().rstrip(" ") for other in gather_over_ranks(padded, ranks)]
+
+
 class FailedElsewhere(RuntimeError):
     """Another rank failed, and says why; this one stops with it instead of waiting for ever."""
 
@@ -126,6 +134,17 @@ def main_first(ranks: Ranks) -> Iterator[None]:
         raise_together(None, group)
     if group is not None:
         dist.destroy_process_group(group)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """If the block fails on any rank, it does on all: with that rank's error, or `FailedElsewhere`. Collective."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as failure:
+        error = failure
+    raise_together(error)
 
 
 def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from training.checkpoint import Checkpoints
 from training.checkpoint_files import TrainState
 from training.config import RunConfig
-from training.data.packing import TrainingStream
-from training.engine import Ranks
+from training.data.packing import StepSource
+from training.engine import Ranks, together
 from training.evaluate import Evaluation
 from training.metrics import RunLog
 from training.process import launched
@@ -47,7 +47,7 @@ def stop_signals() -> Iterator[StopRequest]:
 
 def train(
     engine: Any,
-    stream: TrainingStream,
+    stream: StepSource,
     run: RunConfig,
     ranks: Ranks,
     state: TrainState,
@@ -66,7 +66,7 @@ def train(
 
     Raises:
         NonFiniteLoss: of a step that has not been saved.
-        UserError: if a checkpoint can't be written.
+        UserError: if a checkpoint can't be written, or a stream's document can't be read.
     """
     max_steps = run.train.max_steps
     evaluation = None
@@ -77,7 +77,9 @@ def train(
                 group["lr"] = lr
             start = time.perf_counter()
             stop = request.asked or checkpoints.failed  # a full disk isn't trained on for
-            result = train_step(engine, stream.next_step(), run.objective, ranks, state.step, stop)
+            with together():  # a stream's document may be unreadable
+                batches = stream.next_step()
+            result = train_step(engine, batches, run.objective, ranks, state.step, stop)
             loss = result.parts["masked_lm"]
             state = state._replace(
                 step=state.step + 1,

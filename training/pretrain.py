@@ -1,17 +1,14 @@
 """Pre-training, from a RunConfig to a model folder; `python -m training.pretrain` is `moe pretrain`."""
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from math import ceil
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
 from rich.console import Console
 from torch import Tensor
 
@@ -23,13 +20,8 @@ from routing.errors import UserError
 from training.checkpoint import Checkpoints
 from training.checkpoint_files import TrainState
 from training.config import RunConfig
-from training.data.packing import (
-    TrainingStream,
-    held_out_batches,
-    sequence_lengths,
-    unigram_entropy,
-)
-from training.data.prepare import PreparedData, prepare
+from training.data.packing import StepSource, held_out_batches, unigram_entropy
+from training.data.prepare import PreparedData, fingerprint, prepare, step_source
 from training.data.tokenizer import Vocabulary, vocabulary
 from training.engine import (
     Ranks,
@@ -38,6 +30,7 @@ from training.engine import (
     refuse_difference,
     refuse_uneven_experts,
     start_processes,
+    together,
 )
 from training.evaluate import Evaluation, evaluate
 from training.loop import train
@@ -53,7 +46,7 @@ class Assembled(NamedTuple):
     """The parts of a run, fitted together."""
 
     engine: Any
-    stream: TrainingStream
+    stream: StepSource
     evaluate: Callable[[], Evaluation]  # on the held-out split
 
 
@@ -66,27 +59,26 @@ def assemble(
         weights: to start from; default: fresh ones, from the run's seed.
 
     Raises:
-        UserError: if the tokenizer or the weights don't fit the model.
+        UserError: if the tokenizer or the weights don't fit the model, or the ranks the stream.
     """
     words = _fitting_vocabulary(data, run)
-    torch.manual_seed(run.seed)
-    model = MaskedLM(run.model)
-    if weights is not None:
-        load_weights(model, weights, "the checkpoint")
-    model.encoder.recompute_blocks = run.train.activation_checkpointing
-    accumulation = ceil(run.train.step_tokens / (run.train.micro_batch_tokens * ranks.world))
-    engine = build_engine(model, run, accumulation, ranks)
-    torch.manual_seed(run.seed + 1 + ranks.rank)  # dropout differs between ranks
-    stream = TrainingStream(
+    stream = step_source(
         data.train,
         run.data.masking,
         words,
         seed=run.seed,
         step_tokens=run.train.step_tokens,
+        micro_batch_tokens=run.train.micro_batch_tokens,
         rank=ranks.rank,
         world=ranks.world,
-        accumulation=accumulation,
     )
+    torch.manual_seed(run.seed)
+    model = MaskedLM(run.model)
+    if weights is not None:
+        load_weights(model, weights, "the checkpoint")
+    model.encoder.recompute_blocks = run.train.activation_checkpointing
+    engine = build_engine(model, run, stream.accumulation, ranks)
+    torch.manual_seed(run.seed + 1 + ranks.rank)  # dropout differs between ranks
 
     def evaluate_held_out() -> Evaluation:
         batches = held_out_batches(
@@ -125,11 +117,15 @@ def pretrain(run: RunConfig) -> Summary | None:
         checkpoint = read_checkpoint(source, run) if source else None
         data = prepare(run.data, source / TOKENIZER if source else None)
         words = _fitting_vocabulary(data, run)
-        fingerprint = _fingerprint(data.train)
+        sequences = fingerprint(data.train)
         if checkpoint:
-            _refuse_other_data(checkpoint, fingerprint)
-    refuse_difference(fingerprint, "training sequences", ranks)
+            _refuse_other_data(checkpoint, sequences)
+    refuse_difference(sequences, "training sequences", ranks)
     engine, stream, evaluate_held_out = assemble(run, data, ranks, checkpoint.model if checkpoint else None)
+    if checkpoint:
+        stream.position = checkpoint.state.position
+    with together():
+        stream.read_ahead()  # while nothing is spoilt yet
     with claimed(run, ranks):
         before = evaluate_held_out()
         state = TrainState(
@@ -140,11 +136,10 @@ def pretrain(run: RunConfig) -> Summary | None:
             recent_losses=[],
             seconds=0.0,
             initial_eval_loss=before.loss,
-            data=fingerprint,
+            data=sequences,
         )
         if checkpoint:
             state = checkpoint.state
-            stream.position = state.position
             load_moments(engine, checkpoint.optimizer, state.step)
             restore_rng(checkpoint.rng, ranks)
             del checkpoint  # closes its files
@@ -192,19 +187,11 @@ def _fitting_vocabulary(data: PreparedData, run: RunConfig) -> Vocabulary:
     return words
 
 
-def _fingerprint(sequences: Dataset) -> str:
-    """Says in short whether a data position means the same sequences as before: all lengths, and some of the text."""
-    lengths = sequence_lengths(sequences)
-    sample = sequences.select(range(0, len(lengths), max(1, len(lengths) // 1000)))
-    digest = hashlib.sha256(lengths.tobytes() + json.dumps(sample["input_ids"][:]).encode()).hexdigest()[:12]
-    return f"{len(lengths):,} training sequences, {lengths.sum():,} tokens ({digest})"
-
-
-def _refuse_other_data(checkpoint: Checkpoint, fingerprint: str) -> None:
-    if checkpoint.state.data != fingerprint:
+def _refuse_other_data(checkpoint: Checkpoint, sequences: str) -> None:
+    if checkpoint.state.data != sequences:
         raise UserError(
             f"cannot resume {checkpoint.folder}: it was trained on {checkpoint.state.data}, but the corpus "
-            f"now gives {fingerprint}; restore the corpus, or set checkpoint.resume=never to start again"
+            f"now gives {sequences}; restore the corpus, or set checkpoint.resume=never to start again"
         )
 
 

@@ -20,6 +20,7 @@ from training import checkpoint, step
 from training.checkpoint import Checkpoints
 from training.checkpoint_files import TrainState
 from training.config import RunConfig
+from training.data.errors import DataError
 from training.data.packing import DataPosition, TrainingStream
 from training.data.prepare import PreparedData, prepare
 from training.engine import (
@@ -174,6 +175,19 @@ def fail_to_save(config: str, out: str) -> None:
         error = failing()
         assert (type(error), str(error)) == (step.NonFiniteLoss, name), error
         parameter.data.flatten()[0] = 0.0
+
+
+def fail_to_read(config: str, out: str, *cases: str) -> None:
+    """On two ranks `pretrain_all`, and then a run where the second comes upon a damaged document while it trains."""
+    pretrain_all(out, *cases)
+    try:
+        pretrain(RunConfig.model_validate(yaml.safe_load(Path(config).read_text())))
+    except (DataError, FailedElsewhere) as failure:
+        error = failure
+    if int(os.environ["RANK"]) == 1:
+        assert "1.jsonl, line 14 isn't valid JSON" in str(error), error
+    else:
+        assert isinstance(error, FailedElsewhere), error
 
 
 def record_routers(config: str, out: str, *routers: str) -> None:

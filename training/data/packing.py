@@ -9,7 +9,7 @@ Shape legend: S sequences of the dataset, B of a micro-batch, T its tokens, N it
 import heapq
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,18 +20,12 @@ from torch import Tensor
 from moe.batch import PackedBatch, pack_lengths
 from training.data.errors import DataError
 from training.data.masking import MaskingConfig, mask_tokens
+from training.data.position import DataPosition, Position
 from training.data.tokenizer import Vocabulary, special_tokens
 
 # Held-out sequences are masked alike in every run and at every evaluation, so that losses compare.
 _HELD_OUT_SEED = 0
 _HELD_OUT_EPOCH = 2**32 - 1
-
-
-class DataPosition(NamedTuple):
-    """How far the training data has been read."""
-
-    epoch: int = 0
-    offset: int = 0  # the next sequence in the epoch's order
 
 
 class MaskedBatch(NamedTuple):
@@ -41,7 +35,26 @@ class MaskedBatch(NamedTuple):
     batch: PackedBatch
     target_index: Tensor  # [N] int64 into T, ascending
     targets: Tensor  # [N] int64, the original tokens
-    sequences: Tensor  # [B] int64, the dataset's row of each sequence
+    sequences: Tensor  # [B] int64, which sequences: rows of the dataset, or a stream's own numbers
+
+
+class StepSource(Protocol):
+    """Where the training loop gets its steps from: a dataset's or a stream's."""
+
+    accumulation: int  # micro-batches per rank and step
+
+    @property
+    def position(self) -> Position:
+        """Where the next step starts."""
+
+    @position.setter
+    def position(self, position: Position) -> None: ...
+
+    def read_ahead(self) -> None:
+        """Wait until the next step can be had."""
+
+    def next_step(self) -> list[MaskedBatch]:
+        """This rank's micro-batches of the next step, `accumulation` of them; moves `position` on."""
 
 
 def tokenize(documents: Dataset, tokenizer: Tokenizer, max_length: int, num_proc: int = 1) -> Dataset:
@@ -176,11 +189,11 @@ class TrainingStream:
         self._seed = seed
         self._step_tokens = step_tokens
         self._rank, self._world = rank, world
-        self._accumulation = accumulation
+        self.accumulation = accumulation
         self._position = DataPosition()
 
     @property
-    def position(self) -> DataPosition:
+    def position(self) -> Position:
         """Where the next step starts. Set it to go on from a checkpoint.
 
         Raises:
@@ -189,19 +202,22 @@ class TrainingStream:
         return self._position
 
     @position.setter
-    def position(self, position: DataPosition) -> None:
-        if not 0 <= position.offset < len(self._lengths):
+    def position(self, position: Position) -> None:
+        if not isinstance(position, DataPosition) or not 0 <= position.offset < len(self._lengths):
             raise DataError(
                 f"the position {position} lies outside the {len(self._lengths)} training sequences; resume "
                 "with the data that the run was started with"
             )
         self._position = position
 
+    def read_ahead(self) -> None:
+        """Nothing to wait for: the sequences are there."""
+
     def next_step(self) -> list[MaskedBatch]:
         """This rank's micro-batches of the next step, `accumulation` of them; moves `position` on."""
         step, self._position = next_step_sequences(self._lengths, self._position, self._seed, self._step_tokens)
         batches = []
-        for together in self._cut(step, self._accumulation):
+        for together in self._cut(step, self.accumulation):
             mine = self._cut(together, self._world)[self._rank]
             batches.append(_masked_batch(self._rows, mine, self._masking, self._vocabulary, self._seed))
         return batches
@@ -277,6 +293,20 @@ def _masked_batch(
     if members:
         table = rows[indices.tolist()]
         ids, lengths = _flat_ids(table), table["length"].to_numpy()
+    return masked_batch(ids, lengths, epochs=epochs, indices=indices, masking=masking, vocabulary=vocabulary, seed=seed)
+
+
+def masked_batch(
+    ids: np.ndarray,
+    lengths: np.ndarray,
+    *,
+    epochs: np.ndarray,
+    indices: np.ndarray,
+    masking: MaskingConfig,
+    vocabulary: Vocabulary,
+    seed: int,
+) -> MaskedBatch:
+    """Mask sequences, `[T]` end to end, and make them a micro-batch; the arguments are those of `mask_tokens`."""
     masked = mask_tokens(ids, lengths, config=masking, seed=seed, epochs=epochs, indices=indices, vocabulary=vocabulary)
     return MaskedBatch(
         input_ids=torch.from_numpy(masked.input_ids),
@@ -295,12 +325,23 @@ def _flat_ids(table: Any) -> np.ndarray:
 def _cut_documents(
     batch: dict[str, list[str]], tokenizer: str, cls: int, sep: int, max_length: int
 ) -> dict[str, list[Any]]:
-    room = max_length - 2
-    sequences = []
-    for encoding in _text_tokenizer(tokenizer).encode_batch_fast(batch["text"], add_special_tokens=False):
-        ids = encoding.ids
-        sequences += [[cls, *ids[start : start + room], sep] for start in range(0, len(ids), room)]
+    documents = cut_texts(batch["text"], tokenizer, cls, sep, max_length)
+    sequences = [ids for document in documents for ids in document]
     return {"input_ids": sequences, "length": [len(ids) for ids in sequences]}
+
+
+def cut_texts(texts: list[str], tokenizer: str, cls: int, sep: int, max_length: int) -> list[list[list[int]]]:
+    """Of each text its sequences `[CLS] ... [SEP]`, as `tokenize` says.
+
+    Args:
+        tokenizer: as JSON.
+    """
+    room = max_length - 2
+    encodings = _text_tokenizer(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
+    return [
+        [[cls, *ids[start : start + room], sep] for start in range(0, len(ids), room)]
+        for ids in (encoding.ids for encoding in encodings)
+    ]
 
 
 @lru_cache(maxsize=1)

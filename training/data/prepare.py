@@ -1,5 +1,9 @@
 """Everything between a DataConfig and the first batch. Cheap when asked again: each stage is cached."""
 
+import hashlib
+import json
+from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,25 +13,36 @@ from tokenizers import Tokenizer
 
 from moe.files import write_file
 from training.data.config import DataConfig, cache_folder
-from training.data.corpus import load_corpus, split_held_out
+from training.data.corpus import is_held_out, load_corpus, split_held_out
 from training.data.errors import data_errors
-from training.data.packing import tokenize
-from training.data.tokenizer import TokenizerConfig, TokenizerFile, build_tokenizer, load_tokenizer
+from training.data.lanes import LaneStream, Stream
+from training.data.masking import MaskingConfig
+from training.data.packing import StepSource, TrainingStream, cut_texts, sequence_lengths, tokenize
+from training.data.sources import open_source
+from training.data.stream import StreamCorpus
+from training.data.tokenizer import (
+    TokenizerConfig,
+    TokenizerFile,
+    Vocabulary,
+    build_tokenizer,
+    load_tokenizer,
+    special_tokens,
+)
 
 # Part of the cache's path: raise it when training gives another tokenizer for the same config and documents.
 CACHE_VERSION = 2
 
 
 class PreparedData(NamedTuple):
-    """Tokenized sequences, as `packing.tokenize` returns them, and the tokenizer that made them."""
+    """Tokenized sequences, as `packing.tokenize` returns them or streamed, and the tokenizer that made them."""
 
-    train: Dataset
+    train: Dataset | Stream
     held_out: Dataset
     tokenizer: Tokenizer
 
 
 def prepare(config: DataConfig, tokenizer_path: Path | None = None) -> PreparedData:
-    """Load, split and tokenize the corpus.
+    """Load, split and tokenize the corpus; of a stream, only its sample.
 
     The tokenizer is trained on the training side, unless `tokenizer_path` exists: so a resumed run keeps its
     own. Let one process prepare first; the others then find everything cached.
@@ -47,10 +62,79 @@ def prepare(config: DataConfig, tokenizer_path: Path | None = None) -> PreparedD
         else:
             tokenizer = _cached_tokenizer(config.tokenizer, train, cache / f"tokenizers-v{CACHE_VERSION}")
         return PreparedData(
-            train=tokenize(train, tokenizer, config.max_length, config.num_proc),
+            train=_stream(config, config.corpus, tokenizer)
+            if isinstance(config.corpus, StreamCorpus)
+            else tokenize(train, tokenizer, config.max_length, config.num_proc),
             held_out=tokenize(held_out, tokenizer, config.max_length, config.num_proc),
             tokenizer=tokenizer,
         )
+
+
+def step_source(
+    train: Dataset | Stream,
+    masking: MaskingConfig,
+    vocabulary: Vocabulary,
+    *,
+    seed: int,
+    step_tokens: int,
+    micro_batch_tokens: int,
+    rank: int,
+    world: int,
+) -> StepSource:
+    """This rank's training steps, accumulated from as many micro-batches as it takes.
+
+    Raises:
+        UserError: if a stream has fewer lanes than there are ranks.
+    """
+    if isinstance(train, Stream):
+        return LaneStream(
+            train,
+            masking,
+            vocabulary,
+            seed=seed,
+            step_tokens=step_tokens,
+            micro_batch_tokens=micro_batch_tokens,
+            rank=rank,
+            world=world,
+        )
+    return TrainingStream(
+        train,
+        masking,
+        vocabulary,
+        seed=seed,
+        step_tokens=step_tokens,
+        rank=rank,
+        world=world,
+        accumulation=ceil(step_tokens / (micro_batch_tokens * world)),
+    )
+
+
+def fingerprint(train: Dataset | Stream) -> str:
+    """Says in short whether a position means the same sequences as before.
+
+    Of a dataset it knows all lengths and some of the text; of a stream the files' names alone, so that a damaged file
+    can be repaired.
+    """
+    if isinstance(train, Stream):
+        digest = hashlib.sha256(json.dumps(train.source.relative_names()).encode()).hexdigest()[:12]
+        return f"a stream of {len(train.source.names):,} file(s) in {train.config.lanes} lanes ({digest})"
+    lengths = sequence_lengths(train)
+    sample = train.select(range(0, len(lengths), max(1, len(lengths) // 1000)))
+    digest = hashlib.sha256(lengths.tobytes() + json.dumps(sample["input_ids"][:]).encode()).hexdigest()[:12]
+    return f"{len(lengths):,} training sequences, {lengths.sum():,} tokens ({digest})"
+
+
+def _stream(config: DataConfig, corpus: StreamCorpus, tokenizer: Tokenizer) -> Stream:
+    special = special_tokens(tokenizer)
+    fraction = config.held_out if isinstance(config.held_out, float) else 0.0
+    return Stream(
+        config=corpus,
+        source=open_source(corpus.of),
+        held_out=partial(is_held_out, fraction=fraction),
+        cut=partial(
+            cut_texts, tokenizer=tokenizer.to_str(), cls=special.cls, sep=special.sep, max_length=config.max_length
+        ),
+    )
 
 
 def _cached_tokenizer(config: TokenizerConfig, documents: Dataset, folder: Path) -> Tokenizer:

@@ -18,6 +18,7 @@ from training.data.corpus import (
     split_held_out,
 )
 from training.data.errors import DataError
+from training.data.stream import StreamCorpus
 
 
 def texts(config: CorpusConfig, folder: Path) -> list[str]:
@@ -68,7 +69,7 @@ def test_a_second_load_reads_the_cache_and_a_changed_file_is_read_anew(tmp_path:
     config = TextCorpus(files=[write(tmp_path / "a.txt", "old")])
     assert texts(config, tmp_path) == ["old"]
     with monkeypatch.context() as patch:
-        patch.setattr("training.data.corpus._lines", lambda file: pytest.fail("read again"))
+        patch.setattr("training.data.sources._lines", lambda *_: pytest.fail("read again"))
         assert texts(config, tmp_path) == ["old"]
     write(tmp_path / "a.txt", "newer")
     assert texts(config, tmp_path) == ["newer"]
@@ -117,38 +118,28 @@ def hub(tmp_path: Path) -> str:
     return str(tmp_path / "hub")
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize(("max_documents", "expected"), [(3, ["a", "b"]), (99, ["a", "b", "c"])])
-def test_hub(tmp_path: Path, hub: str, streaming: bool, max_documents: int, expected: list[str]) -> None:
-    config = HubCorpus(name=hub, column="body", streaming=streaming, max_documents=max_documents)
-    assert texts(config, tmp_path) == expected
+@pytest.mark.parametrize(("max_documents", "expected"), [(3, ["a", "b"]), (None, ["a", "b", "c"])])
+def test_hub(tmp_path: Path, hub: str, max_documents: int | None, expected: list[str]) -> None:
+    assert texts(HubCorpus(name=hub, column="body", max_documents=max_documents), tmp_path) == expected
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_hub_without_text(tmp_path: Path, streaming: bool) -> None:
+def test_some_of_a_datasets_files(tmp_path: Path, hub: str) -> None:
+    other = write(tmp_path / "hub" / "more.jsonl", '{"body": "d"}')
+    assert texts(HubCorpus(name="json", files=[other], column="body"), tmp_path) == ["d"]
+    assert texts(HubCorpus(name=hub, files=["train.*"], column="body"), tmp_path) == ["a", "b", "c"]
+
+
+def test_hub_without_text(tmp_path: Path) -> None:
     Dataset.from_dict({"text": [" ", ""]}).to_parquet(tmp_path / "hub" / "train.parquet")
     with pytest.raises(DataError, match="holds no text"):
-        texts(HubCorpus(name=str(tmp_path / "hub"), streaming=streaming, max_documents=9), tmp_path)
+        texts(HubCorpus(name=str(tmp_path / "hub")), tmp_path)
 
 
-def test_hub_without_a_limit(tmp_path: Path, hub: str) -> None:
-    assert texts(HubCorpus(name=hub, column="body"), tmp_path) == ["a", "b", "c"]
-
-
-def test_a_streamed_corpus_is_read_once(tmp_path: Path, hub: str) -> None:
-    config = HubCorpus(name=hub, column="body", streaming=True, max_documents=9)
-    first = texts(config, tmp_path)
-    (Path(hub) / "train.parquet").unlink()
-    assert texts(config, tmp_path) == first
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_hub_errors(tmp_path: Path, hub: str, streaming: bool) -> None:
+@pytest.mark.parametrize("streamed", [False, True])
+def test_hub_errors(tmp_path: Path, hub: str, streamed: bool) -> None:
     def load(**fields: object) -> None:
-        load_corpus(
-            HubCorpus.model_validate({"name": hub, "streaming": streaming, "max_documents": 9, **fields}),
-            tmp_path / "cache",
-        )
+        config = HubCorpus.model_validate({"name": hub, **fields})
+        load_corpus(StreamCorpus(of=config) if streamed else config, tmp_path / "cache")
 
     with pytest.raises(DataError, match="no column 'text'; its columns are body, n"):
         load()
@@ -160,9 +151,10 @@ def test_hub_errors(tmp_path: Path, hub: str, streaming: bool) -> None:
         load(name=f"{hub}/missing")
 
 
-def test_streaming_needs_an_end() -> None:
-    with pytest.raises(ValidationError, match="set max_documents"):
-        HubCorpus(name="x", streaming=True)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_streaming_has_become_a_kind(streaming: bool) -> None:
+    with pytest.raises(ValidationError, match=r"no key 'streaming' any more.*\{kind: stream, of: \{kind: hub"):
+        HubCorpus.model_validate({"name": "x", "streaming": streaming})
 
 
 def test_an_unwritable_cache_is_named(tmp_path: Path, monkeypatch) -> None:
