@@ -2,10 +2,12 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -183,32 +185,20 @@ def free_port() -> int:
 def run_ranks(world: int, function: str, *arguments: str) -> None:
     """Call `function` of `tests/training/workers.py` on real gloo ranks, each a process.
 
-    One rank that fails fails the test, with what it printed.
+    One rank that fails fails the test, with what they printed.
     """
-    port = str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.training.workers", function, *arguments],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "WORLD_SIZE": str(world),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.training.workers", str(world), function, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        output = process.communicate(timeout=240)[0]
     finally:
-        for process in processes:
-            process.kill()
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank} of {world}:\n{output}"
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with the ranks it forked, should any be left
+    assert process.returncode == 0, output

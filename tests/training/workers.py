@@ -1,25 +1,30 @@
-"""What runs on the ranks that tests spawn: `python -m tests.training.workers FUNCTION ARGUMENTS`."""
+"""What runs on the ranks that tests spawn: `python -m tests.training.workers RANKS FUNCTION ARGUMENTS`."""
 
 import errno
 import json
+import os
 import sys
+import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from routing.errors import UserError
 from tests.training import spread
+from tests.training.conftest import free_port
 from training import checkpoint, step
 from training.checkpoint import Checkpoints
 from training.checkpoint_files import TrainState
 from training.cli import leave
-from training.config import RunConfig
-from training.data.packing import DataPosition, TrainingStream
+from training.config import RunConfig, load_run_config
+from training.data.packing import TrainingStream
 from training.data.prepare import PreparedData, prepare
 from training.engine import (
     FailedElsewhere,
@@ -29,7 +34,8 @@ from training.engine import (
     start_processes,
     stop_processes,
 )
-from training.optimizer_state import load_moments, whole_moments, whole_parameters
+from training.loop import train
+from training.optimizer_state import whole_moments, whole_parameters
 from training.pretrain import assemble as put_together
 from training.pretrain import pretrain
 from training.resume import agreed_checkpoint
@@ -46,21 +52,12 @@ def prepared(run: RunConfig, ranks: Ranks) -> PreparedData:
         return prepare(run.data)
 
 
-def record_steps(run: RunConfig, ranks: Ranks, steps: int = 3, source: Path | None = None) -> dict[str, Tensor]:
+def record_steps(run: RunConfig, ranks: Ranks, steps: int = 3) -> dict[str, Tensor]:
     """Train a few steps; return the first one's gradients, the losses, and what is there after the last.
 
     That is parameters, moments, held-out loss, and held-out load of each router.
-
-    Args:
-        source: where such a record was saved, to go on from there.
     """
-    before = load_file(source) if source else {}
-    engine, stream, evaluate = put_together(run, prepared(run, ranks), ranks, named(before, "parameter") or None)
-    start = 0
-    if before:
-        start = int(before["step"])
-        stream.position = DataPosition(*before["position"].tolist())
-        load_moments(engine, named(before, "moment"), start)
+    engine, stream, evaluate = put_together(run, prepared(run, ranks), ranks)
     recorded: dict[str, Tensor] = {}
 
     def record_gradients(engine: Any) -> float:
@@ -74,14 +71,12 @@ def record_steps(run: RunConfig, ranks: Ranks, steps: int = 3, source: Path | No
     original, step.step_and_norm = step.step_and_norm, record_gradients
     losses = []
     try:
-        for number in range(start, start + steps):
+        for number in range(steps):
             result = step.train_step(engine, stream.next_step(), run.objective, ranks, number)
             losses.append(result.parts["masked_lm"])
     finally:
         step.step_and_norm = original
     recorded["losses"] = torch.tensor(losses, dtype=torch.float64)
-    recorded["step"] = torch.tensor(start + steps)
-    recorded["position"] = torch.tensor(stream.position)
     held_out = evaluate()
     recorded["held-out loss"] = torch.tensor(held_out.loss, dtype=torch.float64)
     for name, stats in held_out.routing.items():
@@ -93,39 +88,36 @@ def record_steps(run: RunConfig, ranks: Ranks, steps: int = 3, source: Path | No
     return recorded
 
 
-def named(recorded: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Of a record, the tensors of one kind, by the names that the model knows."""
-    return {name.removeprefix(f"{kind} "): t for name, t in recorded.items() if name.startswith(f"{kind} ")}
-
-
 def record(config: str, out: str, *variants: str) -> None:
-    """`record_steps` for each variant `zero_stage,accumulation[,expert][:SOURCE]`, going on from SOURCE, a record.
-
-    Each into a file in OUT that is named by the variant's numbers.
-    """
+    """`record_steps` for each variant `zero_stage,accumulation[,expert]`, each into a file in OUT of that name."""
     ranks = start_processes()
     data = yaml.safe_load(Path(config).read_text())
     for variant in variants:
-        numbers, _, source = variant.partition(":")
-        stage, accumulation, *expert = map(int, numbers.split(","))
+        stage, accumulation, *expert = map(int, variant.split(","))
         data["parallel"] = {"zero_stage": stage, "expert": expert[0] if expert else 1}
         data["train"]["micro_batch_tokens"] = data["train"]["step_tokens"] // (accumulation * ranks.world)
-        run = RunConfig.model_validate(data)
-        recorded = record_steps(run, ranks, source=Path(source) if source else None)
+        recorded = record_steps(RunConfig.model_validate(data), ranks)
         if ranks.is_main:
-            save_file(recorded, Path(out) / f"{numbers}.safetensors")
+            save_file(recorded, Path(out) / f"{variant}.safetensors")
 
 
-def pretrain_all(out: str, *cases: str) -> None:
-    """For each case `CONFIG,NAME,zero_stage[/expert][,CHECKPOINT]` pre-train in `OUT/NAME`, from the checkpoint."""
+def pretrain_all(config: str, out: str, *cases: str) -> None:
+    """For each case `NAME a.b=value ...` pre-train in `OUT/NAME`."""
     for case in cases:
-        config, name, parallel, *source = case.split(",")
-        stage, _, expert = parallel.partition("/")
-        data = yaml.safe_load(Path(config).read_text())
-        data["run_dir"] = str(Path(out) / name)
-        data["parallel"] = {"zero_stage": int(stage), "expert": int(expert or 1)}
-        data["checkpoint"]["resume"] = source[0] if source else "auto"
-        pretrain(RunConfig.model_validate(data))
+        name, *overrides = case.split()
+        pretrain(load_run_config(Path(config), [f"run_dir={Path(out) / name}", *overrides]))
+
+
+def resume_all(config: str, out: str, *cases: str) -> None:
+    """`pretrain_all`, where each run saves once more before its first step."""
+
+    def save_and_train(*arguments: Any) -> Any:
+        state, checkpoints = arguments[4], arguments[-1]
+        checkpoints.save(state)
+        return train(*arguments)
+
+    with mock.patch("training.pretrain.train", save_and_train):
+        pretrain_all(config, out, *cases)
 
 
 def fail_to_save(config: str, out: str) -> None:
@@ -192,7 +184,36 @@ def compare_spread_layers() -> None:
     spread.compare_all(dist.group.WORLD)
 
 
+def fork(world: int) -> None:
+    """Return in `world` ranks, processes that differ in their environment. The one that was before ends with them.
+
+    So what all import, seconds' worth of it, is imported once. No thread runs yet that a fork would lose.
+    """
+    for late in ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"):  # asked for by the first engine
+        import_module(late)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    ranks = {}
+    for rank in range(world):
+        if not (pid := os.fork()):
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            return
+        ranks[pid] = rank
+    failed = 0
+    while ranks:
+        pid, status = os.wait()
+        rank, code = ranks.pop(pid), os.waitstatus_to_exitcode(status)
+        if code:
+            print(f"rank {rank} of {world} ended with {code}")
+        failed = failed or code
+    leave(int(bool(failed)))
+
+
 if __name__ == "__main__":
-    globals()[sys.argv[1]](*sys.argv[2:])
-    stop_processes()
+    fork(int(sys.argv[1]))
+    try:
+        globals()[sys.argv[2]](*sys.argv[3:])
+        stop_processes()
+    except BaseException:
+        traceback.print_exc()
+        leave(1)
     leave(0)
