@@ -85,7 +85,7 @@ def folder_of(run: Path, step: int) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, text_file: Path, cache_dir: Path, alone: Ranks) -> Path:
-    """A folder of runs: `stayed` on one rank in one go; one on each topology, from its first checkpoint; and `MOVES`."""
+    """A folder of runs: `stayed` on one rank in one go; one on each topology from its first checkpoint; and `MOVES`."""
     out = tmp_path_factory.mktemp("topologies")
     data = without_dropout(tiny_data(out, text_file, cache_dir))
     data["model"]["depth"] = 1
