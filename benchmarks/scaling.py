@@ -1,9 +1,10 @@
 """What do more ranks cost? Weak scaling: as many tokens on each of 1, 2 and 4 ranks, dense and with experts.
 
-`relative` is a rank's tokens a second over those of one rank alone; 1 is perfect. `waiting` is the share of a step in
-which a rank computes nothing because of communication: messages, their overhead, and waiting for slower ranks; the mean
-over ranks, and of the rank that waits least, who waits for nobody else. On a CPU with fewer cores than ranks the ranks
-also take turns at the cores, which both figures contain: `crowded` says so, and only the bytes mean anything then.
+`relative` is a rank's tokens a second over those with the fewest ranks; 1 is perfect. `waiting` is the share of a step
+in which a rank computes nothing because of communication: messages, their overhead, and waiting for slower ranks; the
+mean over ranks, and `least` of the rank that waits least, who waits for nobody else. On a CPU with fewer cores than
+ranks the ranks also take turns at the cores, which both figures contain: `crowded` says so, and only the bytes mean
+anything then.
 
 Of each kind `MB` is what a rank sends in a step, counted (`benchmarks/traffic.py`), mean over ranks; beside it the same
 over what `moe plan` predicts (`training/plan/traffic.py`). Statistics are counts, norms, losses and router statistics,
@@ -172,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed in each turn (default 5)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parsed = parser.parse_args(argv)
-    options = {**vars(parsed), "ranks": sorted({1, *parsed.ranks}), "json": None}
+    options = {**vars(parsed), "ranks": sorted(set(parsed.ranks)), "json": None}
     folder = Path(tempfile.mkdtemp())
     turns = []
     for turn in range(parsed.rounds):
