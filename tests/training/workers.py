@@ -6,11 +6,12 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from routing.errors import UserError
@@ -19,9 +20,9 @@ from tests.training.forked import fork_ranks
 from training import checkpoint, step
 from training.checkpoint import Checkpoints
 from training.checkpoint_files import TrainState
-from training.config import RunConfig
+from training.config import RunConfig, load_run_config
 from training.data.errors import DataError
-from training.data.packing import DataPosition, TrainingStream
+from training.data.packing import TrainingStream
 from training.data.prepare import PreparedData, prepare
 from training.engine import (
     FailedElsewhere,
@@ -31,7 +32,8 @@ from training.engine import (
     start_processes,
     stop_processes,
 )
-from training.optimizer_state import load_moments, whole_moments, whole_parameters
+from training.loop import train
+from training.optimizer_state import whole_moments, whole_parameters
 from training.pretrain import assemble as put_together
 from training.pretrain import pretrain
 from training.resume import agreed_checkpoint
@@ -48,21 +50,12 @@ def prepared(run: RunConfig, ranks: Ranks) -> PreparedData:
         return prepare(run.data)
 
 
-def record_steps(run: RunConfig, ranks: Ranks, steps: int = 3, source: Path | None = None) -> dict[str, Tensor]:
+def record_steps(run: RunConfig, ranks: Ranks, steps: int = 3) -> dict[str, Tensor]:
     """Train a few steps; return the first one's gradients, the losses, and what is there after the last.
 
     That is parameters, moments, held-out loss, and held-out load of each router.
-
-    Args:
-        source: where such a record was saved, to go on from there.
     """
-    before = load_file(source) if source else {}
-    engine, stream, evaluate = put_together(run, prepared(run, ranks), ranks, named(before, "parameter") or None)
-    start = 0
-    if before:
-        start = int(before["step"])
-        stream.position = DataPosition(*before["position"].tolist())
-        load_moments(engine, named(before, "moment"), start)
+    engine, stream, evaluate = put_together(run, prepared(run, ranks), ranks)
     recorded: dict[str, Tensor] = {}
 
     def record_gradients(engine: Any) -> float:
@@ -76,14 +69,12 @@ def record_steps(run: RunConfig, ranks: Ranks, steps: int = 3, source: Path | No
     original, step.step_and_norm = step.step_and_norm, record_gradients
     losses = []
     try:
-        for number in range(start, start + steps):
+        for number in range(steps):
             result = step.train_step(engine, stream.next_step(), run.objective, ranks, number)
             losses.append(result.parts["masked_lm"])
     finally:
         step.step_and_norm = original
     recorded["losses"] = torch.tensor(losses, dtype=torch.float64)
-    recorded["step"] = torch.tensor(start + steps)
-    recorded["position"] = torch.tensor(stream.position)
     held_out = evaluate()
     recorded["held-out loss"] = torch.tensor(held_out.loss, dtype=torch.float64)
     for name, stats in held_out.routing.items():
@@ -95,39 +86,36 @@ def record_steps(run: RunConfig, ranks: Ranks, steps: int = 3, source: Path | No
     return recorded
 
 
-def named(recorded: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Of a record, the tensors of one kind, by the names that the model knows."""
-    return {name.removeprefix(f"{kind} "): t for name, t in recorded.items() if name.startswith(f"{kind} ")}
-
-
 def record(config: str, out: str, *variants: str) -> None:
-    """`record_steps` for each variant `zero_stage,accumulation[,expert][:SOURCE]`, going on from SOURCE, a record.
-
-    Each into a file in OUT that is named by the variant's numbers.
-    """
+    """`record_steps` for each variant `zero_stage,accumulation[,expert]`, each into a file in OUT of that name."""
     ranks = start_processes()
     data = yaml.safe_load(Path(config).read_text())
     for variant in variants:
-        numbers, _, source = variant.partition(":")
-        stage, accumulation, *expert = map(int, numbers.split(","))
+        stage, accumulation, *expert = map(int, variant.split(","))
         data["parallel"] = {"zero_stage": stage, "expert": expert[0] if expert else 1}
         data["train"]["micro_batch_tokens"] = data["train"]["step_tokens"] // (accumulation * ranks.world)
-        run = RunConfig.model_validate(data)
-        recorded = record_steps(run, ranks, source=Path(source) if source else None)
+        recorded = record_steps(RunConfig.model_validate(data), ranks)
         if ranks.is_main:
-            save_file(recorded, Path(out) / f"{numbers}.safetensors")
+            save_file(recorded, Path(out) / f"{variant}.safetensors")
 
 
-def pretrain_all(out: str, *cases: str) -> None:
-    """For each case `CONFIG,NAME,zero_stage[/expert][,CHECKPOINT]` pre-train in `OUT/NAME`, from the checkpoint."""
+def pretrain_all(config: str, out: str, *cases: str) -> None:
+    """For each case `NAME a.b=value ...` pre-train in `OUT/NAME`."""
     for case in cases:
-        config, name, parallel, *source = case.split(",")
-        stage, _, expert = parallel.partition("/")
-        data = yaml.safe_load(Path(config).read_text())
-        data["run_dir"] = str(Path(out) / name)
-        data["parallel"] = {"zero_stage": int(stage), "expert": int(expert or 1)}
-        data["checkpoint"]["resume"] = source[0] if source else "auto"
-        pretrain(RunConfig.model_validate(data))
+        name, *overrides = case.split()
+        pretrain(load_run_config(Path(config), [f"run_dir={Path(out) / name}", *overrides]))
+
+
+def resume_all(config: str, out: str, *cases: str) -> None:
+    """`pretrain_all`, where each run saves once more before its first step."""
+
+    def save_and_train(*arguments: Any) -> Any:
+        state, checkpoints = arguments[4], arguments[-1]
+        checkpoints.save(state)
+        return train(*arguments)
+
+    with mock.patch("training.pretrain.train", save_and_train):
+        pretrain_all(config, out, *cases)
 
 
 def fail_to_save(config: str, out: str) -> None:

@@ -2,7 +2,11 @@
 
 from typing import NamedTuple
 
+import torch
+
 from moe.config import BlockConfig, DenseConfig, EncoderConfig, ExpertsConfig
+from moe.experts.experts import Experts
+from moe.heads import MaskedLM
 from training.config import RunConfig
 
 
@@ -43,6 +47,21 @@ def count_parameters(model: EncoderConfig) -> Parameters:
         norms=(2 + 2 * model.depth) * width,
         head=width * width + width + model.vocab_size,  # dense, norm, and a bias for each word
     )
+
+
+def small_tensors(run: RunConfig) -> dict[str, int]:
+    """Numbers in tensors that ZeRO-3 leaves whole (`stage3_param_persistence_threshold`), on one rank: `small_shared`
+    and `small_experts`."""
+    settings = run.engine.deepspeed.get("zero_optimization", {})
+    most = float(settings.get("stage3_param_persistence_threshold", 1e5))
+    with torch.device("meta"):
+        model = MaskedLM(run.model)
+    experts = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
+    whole = [p.numel() for p in model.parameters() if id(p) not in experts]
+    spread = [p.numel() // run.parallel.expert for p in model.parameters() if id(p) in experts]
+    return {
+        name: sum(n for n in sizes if n <= most) for name, sizes in (("small_shared", whole), ("small_experts", spread))
+    }
 
 
 def expert_params(ff: ExpertsConfig, width: int) -> int:

@@ -39,6 +39,8 @@ class States(NamedTuple):
     experts: int  # those of this rank's experts
     owned: float  # parameters that this rank updates under ZeRO-1 to 3
     alone: bool  # one rank: nothing is communicated
+    small_shared: int = 0  # of `shared`, those in tensors so small that ZeRO-3 leaves them whole
+    small_experts: int = 0
 
     @property
     def here(self) -> int:

@@ -7,7 +7,14 @@ from moe.config import ExpertsConfig
 from routing.errors import UserError
 from training.config import RunConfig
 from training.plan.activations import FLOAT, micro_batch, model_parts
-from training.plan.counts import Flops, Parameters, active_parameters, count_parameters, flops_per_token
+from training.plan.counts import (
+    Flops,
+    Parameters,
+    active_parameters,
+    count_parameters,
+    flops_per_token,
+    small_tensors,
+)
 from training.plan.memory import Memory, States, peak
 from training.plan.specs import USABLE, Gpu
 from training.plan.traffic import Traffic, step_traffic
@@ -99,6 +106,7 @@ def make_plan(run: RunConfig, gpus: int, gpu: Gpu, efficiency: float) -> Plan:
         experts=parameters.experts // expert,
         owned=parameters.total / gpus,
         alone=gpus == 1,
+        **(small_tensors(run) if run.parallel.zero_stage == 3 else {}),
     )
     flops = flops_per_token(run)
     traffic = step_traffic(run, states, gpu, gpus, expert, tokens, accumulation)

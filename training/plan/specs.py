@@ -1,4 +1,10 @@
-"""What a plan assumes of the machines: figures of vendors' data sheets, none of them measured here."""
+"""What a plan assumes of the machines: figures of vendors' data sheets, none of them measured here.
+
+Checked in November 2026 against pages that quote the sheets "NVIDIA H100 Tensor Core GPU" (SXM: bf16 1,979 TFLOPS with
+sparsity, so 989 dense; 3.35 TB/s), "NVIDIA H200 Tensor Core GPU" (the same with 141 GB at 4.8 TB/s), and "NVIDIA A100
+Tensor Core GPU" (bf16 312 TFLOPS dense, 624 with sparsity; 80 GB at 2,039 GB/s). Links reach less than their sheets
+say: 370 to 380 of 450 GB/s from one H100 to another (NVIDIA/nccl, issue 1264).
+"""
 
 from typing import NamedTuple
 

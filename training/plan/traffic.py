@@ -40,25 +40,48 @@ def step_traffic(
     Args:
         expert: expert-parallel size; those ranks are neighbours, and experts' copies lie `expert` ranks apart.
     """
-    stage, recomputed = run.parallel.zero_stage, int(run.train.activation_checkpointing)
+    recomputed = int(run.train.activation_checkpointing)
+    stage = run.parallel.zero_stage
     # Gradients: stages 0 and 1 once a step, 2 and 3 once a micro-batch. DeepSpeed all-reduces whole buckets even where
     # a reduce-scatter would do (`use_multi_rank_bucket_allreduce`, stages 1 and 2).
     reductions = accumulation if stage >= 2 else 1
     rounds = reductions * (1 if stage == 3 else 2)
-    # Parameters: once after the update; under ZeRO-3 for every forward and backward, recomputed ones too.
-    gathers = {0: 0, 1: 1, 2: 1, 3: accumulation * (2 + recomputed)}[stage]
+    # Parameters: once after the update; under ZeRO-3 those that it partitions, in every micro-batch.
+    shared, experts = {0: (0, 0), 1: (1, 1), 2: (1, 1), 3: _gathers(run, states, accumulation)}[stage]
     return Traffic(
         all_to_all=_all_to_all(run, gpu, expert, tokens, accumulation * (2 + recomputed)),
-        gradients=_over_copies(states, gpu, gpus, expert, rounds),
-        parameters=_over_copies(states, gpu, gpus, expert, gathers),
+        gradients=_over_copies(states, gpu, gpus, expert, rounds, rounds),
+        parameters=_over_copies(states, gpu, gpus, expert, shared, experts),
     )
 
 
-def _over_copies(states: States, gpu: Gpu, gpus: int, expert: int, rounds: int) -> Message:
-    """`rounds` passes of a ring over all float32 numbers: experts among those ranks that hold the same ones."""
-    shared = _ring(FLOAT * states.shared * rounds, gpus, gpu.node, gpu)
-    experts = _ring(FLOAT * states.experts * rounds, gpus // expert, max(1, gpu.node // expert), gpu)
-    return Message(shared.bytes + experts.bytes, shared.seconds + experts.seconds)
+def _gathers(run: RunConfig, states: States, accumulation: int) -> tuple[float, float]:
+    """How often ZeRO-3 gathers an average shared number in a step, and an expert's.
+
+    DeepSpeed (0.19, `zero/partitioned_param_coordinator.py`) keeps what forward gathered if backward wants it again
+    within `stage3_max_reuse_distance` numbers, or within those that it prefetches; the rest it gathers twice. With
+    recomputation there is half as much again in between, but a block's second forward and its backward share a gather.
+    Tensors of at most `stage3_param_persistence_threshold` numbers stay whole, and are gathered after the update alone.
+    """
+    settings = run.engine.deepspeed.get("zero_optimization", {})
+    reuse = float(settings.get("stage3_max_reuse_distance", 1e9))
+    distance = max(reuse, float(settings.get("stage3_prefetch_bucket_size", 5e7)))
+    passes = 3 if run.train.activation_checkpointing else 2
+    far = max(0.0, 1 - distance / passes / states.here)  # share of the numbers
+    often = accumulation * (1 + far)
+
+    def average(small: int, numbers: int) -> float:
+        return often - (often - 1) * small / max(numbers, 1)
+
+    return average(states.small_shared, states.shared), average(states.small_experts, states.experts)
+
+
+def _over_copies(states: States, gpu: Gpu, gpus: int, expert: int, shared: float, experts: float) -> Message:
+    """Passes of a ring over float32 numbers: so many over shared ones, among all, and so many over experts, among the
+    ranks that hold the same ones."""
+    first = _ring(FLOAT * states.shared * shared, gpus, gpu.node, gpu)
+    second = _ring(FLOAT * states.experts * experts, gpus // expert, max(1, gpu.node // expert), gpu)
+    return Message(first.bytes + second.bytes, first.seconds + second.seconds)
 
 
 def _ring(data: float, ranks: int, in_node: int, gpu: Gpu) -> Message:
