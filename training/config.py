@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from moe.attention.linformer import LinformerConfig
 from moe.config import EncoderConfig, ExpertsConfig
 from routing.config import Config
 from routing.errors import UserError
@@ -154,6 +155,13 @@ class RunConfig(Config):
                 f"train.step_tokens is {self.train.step_tokens} but one sequence may have data.max_length = "
                 f"{self.data.max_length} tokens; raise train.step_tokens"
             )
+        for layer, block in enumerate(self.model.blocks()):
+            attention = block.attention
+            if isinstance(attention, LinformerConfig) and attention.max_length < self.data.max_length:
+                raise ValueError(
+                    f"layer {layer}: linformer attention has projections for max_length = {attention.max_length} tokens, "
+                    f"but data.max_length is {self.data.max_length}; raise the first or lower the second"
+                )
         self._experts_can_be_spread()
         return self
 
