@@ -57,7 +57,7 @@ class MemoryConfig(Config):
 
 
 class ProductKeyMemory(nn.Module):
-    """`y = sum_h sum_{s in best k} softmax(q_h . key_s) value_s`, key_s a pair of sub-keys (arXiv 1907.05242, section 3).
+    """`y = sum_h sum_{s in best k} softmax(q_h . key_s) value_s`, key_s a pair of sub-keys (arXiv 1907.05242, sec. 3).
 
     A pair's score is the sum of its two halves' scores, so the best pairs are made of the best sub-keys of each half.
     Equal pairs go by the better first sub-key, then the better second one; equal sub-keys by index.
@@ -75,7 +75,9 @@ class ProductKeyMemory(nn.Module):
         self.query = nn.Linear(width, config.heads * config.query_width, bias=False)
         self.query_norm = nn.LayerNorm(config.query_width, eps=norm_eps, bias=False)
         half = config.query_width // 2
-        self.keys = nn.Parameter(torch.empty(config.heads, 2, config.sub_keys, half).uniform_(-(half**-0.5), half**-0.5))
+        self.keys = nn.Parameter(
+            torch.empty(config.heads, 2, config.sub_keys, half).uniform_(-(half**-0.5), half**-0.5)
+        )
         self.values = nn.Parameter(torch.empty(config.slots, width).normal_(std=width**-0.5))
         self.register_buffer("pairs", eligible_pairs(config.top_k), persistent=False)
         self.pairs: Tensor
@@ -85,9 +87,9 @@ class ProductKeyMemory(nn.Module):
         slots, scores = self.look_up(x)
         weights = scores.softmax(-1).to(self.values.dtype)  # [T, H, k]
         # A bag of rows: the T * H * k values that are taken never stand in memory together.
-        return F.embedding_bag(
-            slots.flatten(1), self.values, mode="sum", per_sample_weights=weights.flatten(1)
-        ).to(x.dtype)
+        return F.embedding_bag(slots.flatten(1), self.values, mode="sum", per_sample_weights=weights.flatten(1)).to(
+            x.dtype
+        )
 
     def look_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The slots that each head of a token takes, best first, and their scores: `[T, H, k]` int64 and float32."""

@@ -159,8 +159,8 @@ class RunConfig(Config):
             attention = block.attention
             if isinstance(attention, LinformerConfig) and attention.max_length < self.data.max_length:
                 raise ValueError(
-                    f"layer {layer}: linformer attention has projections for max_length = {attention.max_length} tokens, "
-                    f"but data.max_length is {self.data.max_length}; raise the first or lower the second"
+                    f"layer {layer}: linformer attention has projections for max_length = {attention.max_length} "
+                    f"tokens, but data.max_length is {self.data.max_length}; raise the first or lower the second"
                 )
         self._experts_can_be_spread()
         return self

@@ -72,7 +72,7 @@ def _convolve(windows: Tensor, filters: Tensor) -> Tensor:
     tiles, _, heads, channels = windows.shape
     out = windows.new_empty(tiles, TILE, heads, channels)
     for h, band in enumerate(_bands(filters)):
-        torch.bmm(band.expand(tiles, -1, -1), windows[:, :, h], out=out[:, :, h])
+        out[:, :, h] = torch.bmm(band.expand(tiles, -1, -1), windows[:, :, h])
     return out.flatten(0, 1)
 
 

@@ -31,7 +31,7 @@ class LinearAttentionConfig(Config):
         return self.num_params(width)
 
     def flops_per_token(self, width: int, length: int) -> int:
-        """Projections, the sum over keys and its use by the query: of a head's channels, and one for the denominator."""
+        """Projections, the sum over keys and its use: of a head's channels, and one more for the denominator."""
         return 8 * width * width + 4 * width * (width // self.heads + 1)
 
 
@@ -39,8 +39,8 @@ class LinearAttention(nn.Module):
     """`y_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) sum_j phi(k_j)^T)`, phi = elu + 1 (arXiv 2006.16236, eq. 5, 7).
 
     j runs over all tokens of the sequence: one sum serves all of its queries. Order isn't seen here. Rotary positions
-    would have to be left out of the denominator (arXiv 2104.09864, eq. 19), where weights, no longer all positive, don't
-    sum to 1: so there are none.
+    could turn the numerator's features alone (arXiv 2104.09864, eq. 19); weights would neither be positive nor sum to
+    1, so there are none.
     """
 
     def __init__(self, config: LinearAttentionConfig, width: int) -> None:

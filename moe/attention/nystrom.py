@@ -31,8 +31,8 @@ class NystromConfig(Config):
     heads: int = Field(default=4, ge=1)
     landmarks: int = Field(default=64, ge=1)
     convolution: int | None = Field(default=33, ge=1)  # kernel of a depthwise convolution of the values; None: without
-    # Whose greatest column sum the pseudo-inverse starts from: each head's own, as in the paper, or that of all heads of
-    # a sequence: what published models have for a sequence alone (beside others, theirs depends on them).
+    # Whose greatest column sum the pseudo-inverse starts from: each head's own, as in the paper, or that of all heads
+    # of a sequence: what published models have for a sequence alone (beside others, theirs depends on them).
     inverse_start: Literal["head", "sequence"] = "head"
     positions: RotaryConfig | None = None  # of queries and keys, before their means are taken
     bias: bool = False
