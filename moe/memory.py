@@ -65,8 +65,8 @@ class ProductKeyMemory(nn.Module):
     Queries pass a layer norm, not the paper's batch norm, with which a token's output would depend on its batch, and
     the gradient of a step on how it is cut.
 
-    No statistics are returned: sums over S² slots for every layer and step would cost as much as the lookup, and the
-    losses and biases that balance a router's choices are not part of this method.
+    No statistics are returned: there is no router whose losses or biases would use them, and they would be S² numbers
+    for every layer in every step. `look_up` tells which slots some text takes.
     """
 
     def __init__(self, config: MemoryConfig, width: int, norm_eps: float) -> None:

@@ -77,11 +77,11 @@ class LinformerAttention(nn.Module):
                 f"{self.max_length}; cut the sequence, or train a model with a larger max_length"
             )
         length, width = x.shape
-        q, k, v = self.qkv(x).split(width, dim=1)
+        q, kv = self.qkv(x).split([width, 2 * width], dim=1)
         if self.over_values is None:
-            both = self._project(torch.cat([k, v], 1), self.over_keys, batch)
-            keys, values = both.chunk(2, dim=1)
+            keys, values = self._project(kv, self.over_keys, batch).chunk(2, dim=1)
         else:
+            k, v = kv.chunk(2, dim=1)
             keys = self._project(k, self.over_keys, batch)
             values = self._project(v, self.over_values, batch)
         ends = torch.arange(len(batch.cu_seqlens), dtype=torch.int32, device=x.device) * self.rank
