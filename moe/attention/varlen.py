@@ -45,12 +45,12 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, queries: Rows, keys: Rows) 
     """The same where a sequence has other rows of keys than of queries.
 
     Args:
-        q: `[T, H, C]`, every row some sequence's.
-        k, v: `[K, H, C]`, same dtype; rows that are nobody's are never read.
-        queries, keys: which rows are whose.
+        q: `[T, H, C]`.
+        k, v: `[K, H, C]`, same dtype.
+        queries, keys: which rows are whose. Rows that are nobody's are never read.
 
     Returns:
-        `[T, H, C]`, in the dtype of `q`; zero for a sequence without keys.
+        `[T, H, C]`, in the dtype of `q`; zero for a sequence without keys, anything for rows that are nobody's.
     """
     kernel = choose_kernel(q.device.type, q.dtype, q.shape[2])
     cu_q, cu_k = queries.cu_seqlens, keys.cu_seqlens
@@ -90,11 +90,12 @@ def choose_kernel(device: str, dtype: torch.dtype, channels: int) -> Kernel:
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor) -> Tensor:
     # No sequence: one without tokens keeps the graph whole.
     queries, keys = (cu.diff().tolist() or [0] for cu in (cu_queries, cu_keys))
-    k, v = k[: sum(keys)], v[: sum(keys)]
+    spare = q[sum(queries) :]
+    q, k, v = q[: sum(queries)], k[: sum(keys)], v[: sum(keys)]
     with torch.autocast(q.device.type, enabled=False):
         # split and cat, not slices: their backward writes every gradient once instead of adding padded copies.
         parts = zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
-        return torch.cat([_one_sequence(*part) for part in parts])
+        return torch.cat([*(_one_sequence(*part) for part in parts), torch.zeros_like(spare)])
 
 
 def _one_sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -76,8 +76,8 @@ def oracle(layer: NystromAttention, x: Tensor, lengths: list[int]) -> Tensor:
     return torch.cat(parts)
 
 
-@pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("lengths", [[12], [13, 0, 2, 17, 3, 4], [3, 1]], ids=str)
+@pytest.mark.usefixtures("way", "uninitialised_is_nan")
+@pytest.mark.parametrize("lengths", [[12], [13, 0, 2, 17, 3, 4], [9, 2, 0], [3, 1]], ids=str)
 @pytest.mark.parametrize(
     "fields",
     [{}, {"convolution": None, "bias": True}, {"inverse_start": "sequence", "positions": RotaryConfig()}],
@@ -94,7 +94,7 @@ def test_values_and_gradients_match_the_oracle(fields: dict, lengths: list[int])
     assert_close(fast_grads, slow_grads, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("way", "uninitialised_is_nan")
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=4).filter(any))
 def test_any_lengths_match_the_oracle(lengths: list[int]) -> None:
     layer, x = built(), torch.randn(sum(lengths), 8)
