@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import NystromformerConfig
 from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
 
-from moe.attention import nystrom
+from moe.attention import nystrom, varlen
 from moe.attention.nystrom import NystromAttention, NystromConfig, place_landmarks, pseudo_inverse, segment_means
 from moe.attention.published import nystromformer_attention
 from moe.batch import pack_lengths
@@ -22,9 +22,11 @@ from tests.moe.attention.packed import packed
 LANDMARKS = 3
 
 
-@pytest.fixture(params=["lengths are read", "lengths stay on the device"])
+@pytest.fixture(params=["lengths are read", "lengths stay on the device", "float32 on a GPU"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nystrom, "readable", lambda _: request.param == "lengths are read")
+    if request.param == "float32 on a GPU":
+        monkeypatch.setattr(varlen, "choose_kernel", lambda *_: "loop")
 
 
 def built(**fields: object) -> NystromAttention:
@@ -178,3 +180,6 @@ def test_flops_equal_those_torch_counts(length: int, plain_operators: None) -> N
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         layer(torch.randn(length, 8), *packed([length]))
     assert counter.get_total_flops() == pytest.approx(length * config.flops_per_token(8, length))
+    convolution = 2 * 5 * 8  # five taps for every channel
+    with_it = NystromConfig(heads=2, landmarks=LANDMARKS, convolution=5)
+    assert with_it.flops_per_token(8, length) - config.flops_per_token(8, length) == pytest.approx(convolution)
