@@ -18,7 +18,7 @@ from routing.sequences import sequence_of_token
 from routing.sync import readable
 from routing.types import RoutingStats, Tokens
 
-ITERATIONS = 6  # of the pseudo-inverse (arXiv 2102.03902, section 3.2)
+ITERATIONS = 6  # of the pseudo-inverse (arXiv 2102.03902)
 
 
 class NystromConfig(Config):
@@ -70,8 +70,9 @@ class NystromConfig(Config):
 class NystromAttention(nn.Module):
     """`softmax(Q K'^T) softmax(Q' K'^T)^+ softmax(Q' K^T) V`, scores over sqrt(C), plus a convolution of V.
 
-    Q' and K' are landmarks: means of queries and keys over segments of the sequence (arXiv 2102.03902, eq. 13, 14). The
-    convolution, of each head's channels with one filter, is that of section 3.3; it ends at the sequence's edges.
+    Q' and K' are landmarks: means of queries and keys over segments of the sequence (arXiv 2102.03902, section 3). The
+    convolution, of each head's channels with one filter, is its skip connection of values; it ends at the sequence's
+    edges.
     """
 
     def __init__(self, config: NystromConfig, width: int) -> None:
@@ -155,10 +156,11 @@ def place_landmarks(batch: PackedBatch, count: int) -> Landmarks:
     bounds = torch.searchsorted(of_token, torch.arange(len(rows) + 1, device=device))
     owner = torch.searchsorted(marks[1:], rows, right=True).clamp(max=len(lengths) - 1)
     long = lengths > count
-    chosen = long.nonzero().squeeze(1) if readable(cu) else torch.arange(len(lengths), device=device)
-    # Elsewhere a short sequence's place in the grid is filled with its first landmark, over and over.
+    every = torch.arange(len(lengths), device=device)
+    apart = readable(cu) and bool(long.any())
+    chosen, order = (long.nonzero().squeeze(1), long.cumsum(0) - 1) if apart else (every, every)
+    # Otherwise a short sequence's place in the grid is filled with its first landmark, over and over.
     inside = torch.arange(count, device=device) * long[chosen][:, None]
-    order = long.cumsum(0) - 1 if readable(cu) else torch.arange(len(lengths), device=device)
     slot = (order[owner] * count + rows - marks[owner]).clamp(0, max(0, len(chosen) * count - 1))
     return Landmarks(
         cu_seqlens=marks.to(torch.int32),
@@ -199,8 +201,8 @@ class _SegmentMeans(torch.autograd.Function):
 def pseudo_inverse(matrices: Tensor, start: Literal["head", "sequence"]) -> Tensor:
     """Moore-Penrose inverse of `[B, H, L, L]`, whose rows sum to 1, by an iteration of third order.
 
-    `Z' = Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4` from `Z = A^T / (|A|_1 |A|_inf)` (arXiv 2102.03902, eq. 11 and
-    below), where the maximum norm is 1.
+    `Z' = Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4` from `Z = A^T / (|A|_1 |A|_inf)` (arXiv 2102.03902, section
+    3), where |A|_inf, the greatest sum of a row, is 1.
     """
     sums = matrices.sum(-2).amax(-1 if start == "head" else (-2, -1), keepdim=True)[..., None]
     inverse = matrices.transpose(-1, -2) / sums

@@ -154,6 +154,12 @@ def test_landmarks_literal() -> None:
     assert segment_means(x, marks)[:8].flatten().tolist() == [0, 1.5, 3.5, 5, 6, 7, 8, 9]
 
 
+@pytest.mark.usefixtures("way")
+def test_a_bound_on_lengths_need_not_be_reached() -> None:
+    layer, x, (batch, tokens) = built(), torch.randn(5, 8), packed([3, 2])
+    assert_close(layer(x, batch._replace(max_seqlen=50), tokens)[0], layer(x, batch, tokens)[0])
+
+
 def test_pseudo_inverse_converges() -> None:
     eye = torch.eye(4)
     matrix = (0.7 * eye + 0.3 * torch.rand(2, 3, 4, 4)).softmax(-1) + eye
