@@ -13,6 +13,7 @@ from moe.attention.kinds import AttentionConfig
 from moe.attention.softmax import SoftmaxAttentionConfig
 from moe.experts.config import Backend, ExpertsConfig
 from moe.feed_forward import Activation, DenseConfig
+from moe.memory import MemoryConfig
 from moe.positions.learned import LearnedPositionsConfig
 from routing.config import Config
 
@@ -25,10 +26,11 @@ __all__ = [
     "EncoderConfig",
     "ExpertsConfig",
     "FeedForwardConfig",
+    "MemoryConfig",
     "SoftmaxAttentionConfig",
 ]
 
-FeedForwardConfig = Annotated[DenseConfig | ExpertsConfig, Field(discriminator="kind")]
+FeedForwardConfig = Annotated[DenseConfig | ExpertsConfig | MemoryConfig, Field(discriminator="kind")]
 
 
 class BlockConfig(Config):
@@ -90,14 +92,14 @@ class EncoderConfig(Config):
         return self._embeddings_and_norms() + blocks
 
     def num_active_params(self) -> int:
-        """Parameters that one token meets: unchosen experts left out."""
+        """Parameters that one token meets: unchosen experts and values of a memory left out."""
         blocks = sum(
             b.attention.num_active_params(self.width) + b.feed_forward.num_active_params(self.width)
             for b in self.blocks()
         )
         return self._embeddings_and_norms() + blocks
 
-    def flops_per_token(self, length: int) -> int:
+    def flops_per_token(self, length: int) -> float:
         """Forward FLOPs of one token in a sequence of `length` tokens; the embedding look-up costs none."""
         return sum(
             b.attention.flops_per_token(self.width, length) + b.feed_forward.flops_per_token(self.width)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from moe.attention.linformer import LinformerConfig
 from moe.config import EncoderConfig, ExpertsConfig
 from routing.config import Config
 from routing.errors import UserError
@@ -155,11 +156,6 @@ class RunConfig(Config):
                 f"train.step_tokens is {self.train.step_tokens} but one sequence may have data.max_length = "
                 f"{self.data.max_length} tokens; raise train.step_tokens"
             )
-        if self.model.positions and self.data.max_length > self.model.positions.max_length:
-            raise ValueError(
-                f"data.max_length is {self.data.max_length} but there are only model.positions.max_length = "
-                f"{self.model.positions.max_length} learned positions; raise it or lower data.max_length"
-            )
         corpus = self.data.corpus
         if isinstance(corpus, StreamCorpus) and self.train.step_tokens // corpus.lanes < self.data.max_length:
             raise ValueError(
@@ -167,8 +163,23 @@ class RunConfig(Config):
                 f"lanes gives {self.train.step_tokens // corpus.lanes}, but one sequence may have data.max_length = "
                 f"{self.data.max_length} tokens; raise train.step_tokens or lower data.corpus.lanes"
             )
+        self._longest_sequences_fit()
         self._experts_can_be_spread()
         return self
+
+    def _longest_sequences_fit(self) -> None:
+        if self.model.positions and self.data.max_length > self.model.positions.max_length:
+            raise ValueError(
+                f"data.max_length is {self.data.max_length} but there are only model.positions.max_length = "
+                f"{self.model.positions.max_length} learned positions; raise it or lower data.max_length"
+            )
+        for layer, block in enumerate(self.model.blocks()):
+            attention = block.attention
+            if isinstance(attention, LinformerConfig) and attention.max_length < self.data.max_length:
+                raise ValueError(
+                    f"layer {layer}: linformer attention has projections for max_length = {attention.max_length} "
+                    f"tokens, but data.max_length is {self.data.max_length}; raise the first or lower the second"
+                )
 
     def _experts_can_be_spread(self) -> None:
         size = self.parallel.expert

@@ -6,12 +6,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from moe.attention.linear import LinearAttention, LinearAttentionConfig
+from moe.attention.linformer import LinformerAttention, LinformerConfig
+from moe.attention.nystrom import NystromAttention, NystromConfig
 from moe.attention.softmax import SoftmaxAttention, SoftmaxAttentionConfig
 from moe.batch import PackedBatch
 from routing.types import RoutingStats, Tokens
 
 AttentionConfig = Annotated[
-    SoftmaxAttentionConfig | LinearAttentionConfig,
+    SoftmaxAttentionConfig | LinearAttentionConfig | LinformerConfig | NystromConfig,
     Field(discriminator="kind"),
 ]
 
@@ -29,3 +31,7 @@ def build_attention(config: AttentionConfig, width: int) -> nn.Module:
             return SoftmaxAttention(config, width)
         case LinearAttentionConfig():
             return LinearAttention(config, width)
+        case LinformerConfig():
+            return LinformerAttention(config, width)
+        case NystromConfig():
+            return NystromAttention(config, width)

@@ -2,12 +2,12 @@
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.attention.heads import check_heads
+from moe.attention.sums import apply_sums, sum_products
 from moe.batch import PackedBatch
 from routing.config import Config
 from routing.types import RoutingStats, Tokens
@@ -31,15 +31,16 @@ class LinearAttentionConfig(Config):
         return self.num_params(width)
 
     def flops_per_token(self, width: int, length: int) -> int:
-        """Projections, and for each head the sum over keys, its use by the query, and the denominator."""
-        channels = width // self.heads
-        return 8 * width * width + 4 * width * channels + 2 * width
+        """Projections, the sum over keys and its use: of a head's channels, and one more for the denominator."""
+        return 8 * width * width + 4 * width * (width // self.heads + 1)
 
 
 class LinearAttention(nn.Module):
     """`y_i = phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) sum_j phi(k_j)^T)`, phi = elu + 1 (arXiv 2006.16236, eq. 5, 7).
 
-    j runs over all tokens of the sequence: one sum serves all of its queries.
+    j runs over all tokens of the sequence: one sum serves all of its queries. Order isn't seen here. Rotary positions
+    could turn the numerator's features alone (arXiv 2104.09864, eq. 19); weights would neither be positive nor sum to
+    1, so there are none.
     """
 
     def __init__(self, config: LinearAttentionConfig, width: int) -> None:
@@ -52,21 +53,14 @@ class LinearAttention(nn.Module):
         """`[T, D]` -> `[T, D]`, and no statistics: every head is always on."""
         length, width = x.shape
         q, k, v = self.qkv(x).view(length, 3, self.heads, width // self.heads).unbind(1)
-        lengths = batch.cu_seqlens.diff().tolist() or [0]
-        parts = zip(_features(q).split(lengths), _features(k).split(lengths), v.float().split(lengths), strict=True)
-        mixed = torch.cat([_one_sequence(*part) for part in parts]).to(x.dtype)
+        counted = F.pad(v.float(), (0, 1), value=1.0)  # a channel of ones: its sum is the denominator
+        sums = sum_products(_features(k), counted, batch)  # [B, H, C, C + 1]
+        mixed, total = apply_sums(_features(q), sums, batch).split([width // self.heads, 1], dim=2)
+        # Features may underflow to zero, and then so does the sum they are divided by.
+        mixed = (mixed / total.clamp(min=1e-9)).to(x.dtype)
         return self.output(mixed.reshape(length, width)), None
 
 
 def _features(x: Tensor) -> Tensor:
     """Positive, and in float32: sums over a sequence lose too much in half precision."""
     return F.elu(x.float()) + 1
-
-
-def _one_sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # [H, S, C]
-    with torch.autocast(q.device.type, enabled=False):
-        summed = k.transpose(1, 2) @ v  # [H, C, C]
-        total = k.sum(1, keepdim=True).transpose(1, 2)  # [H, C, 1]
-        # Features may underflow to zero, and then so does the sum they are divided by.
-        return (q @ summed / (q @ total).clamp(min=1e-9)).transpose(0, 1)

@@ -4,7 +4,7 @@ Shape legend: T tokens, B sequences, H heads, C channels of a head, S tokens of 
 """
 
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ _TORCH_FLASH = torch.backends.cuda.is_flash_attention_available()
 _FLASH_ATTN = find_spec("flash_attn") is not None
 
 
+class Rows(NamedTuple):
+    """Where each sequence's rows lie in a packed tensor."""
+
+    cu_seqlens: Tensor  # [B+1] int32, sequence b has rows cu_seqlens[b]:cu_seqlens[b+1]; later rows are nobody's
+    longest: int  # at least the number of any sequence's rows
+
+
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
     """Bidirectional `softmax(q k^T / sqrt(C)) v` of each sequence over its own tokens.
 
@@ -30,22 +37,37 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Ten
     Returns:
         `[T, H, C]`, in the dtype of `q`.
     """
+    tokens = Rows(batch.cu_seqlens, batch.max_seqlen)
+    return cross_attention(q, k, v, tokens, tokens)
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, queries: Rows, keys: Rows) -> Tensor:
+    """The same where a sequence has other rows of keys than of queries.
+
+    Args:
+        q: `[T, H, C]`.
+        k, v: `[K, H, C]`, same dtype.
+        queries, keys: which rows are whose. Rows that are nobody's are never read.
+
+    Returns:
+        `[T, H, C]`, in the dtype of `q`; zero for a sequence without keys, anything for rows that are nobody's.
+    """
     kernel = choose_kernel(q.device.type, q.dtype, q.shape[2])
-    cu, longest = batch.cu_seqlens, batch.max_seqlen
+    cu_q, cu_k = queries.cu_seqlens, keys.cu_seqlens
     if kernel == "cpu":
-        return cpu_varlen_attention(q, k, v, cu)
+        return cpu_varlen_attention(q, k, v, cu_q, cu_k)
     if kernel == "torch":
         from torch.nn.attention.varlen import varlen_attn
 
-        out = varlen_attn(q, k, v, cu, cu, longest, longest)
+        out = varlen_attn(q, k, v, cu_q, cu_k, queries.longest, keys.longest)
         assert isinstance(out, Tensor)  # a tuple only when extra outputs are asked for
         return out
     if kernel == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 
-        mixed: Tensor = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest)
+        mixed: Tensor = flash_attn_varlen_func(q, k, v, cu_q, cu_k, queries.longest, keys.longest)
         return mixed
-    return _one_by_one(q, k, v, cu)
+    return _one_by_one(q, k, v, cu_q, cu_k)
 
 
 def choose_kernel(device: str, dtype: torch.dtype, channels: int) -> Kernel:
@@ -65,12 +87,15 @@ def choose_kernel(device: str, dtype: torch.dtype, channels: int) -> Kernel:
     return "loop"
 
 
-def _one_by_one(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    lengths = cu_seqlens.diff().tolist() or [0]  # no sequence: one without tokens keeps the graph whole
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor) -> Tensor:
+    # No sequence: one without tokens keeps the graph whole.
+    queries, keys = (cu.diff().tolist() or [0] for cu in (cu_queries, cu_keys))
+    spare = q[sum(queries) :]
+    q, k, v = q[: sum(queries)], k[: sum(keys)], v[: sum(keys)]
     with torch.autocast(q.device.type, enabled=False):
         # split and cat, not slices: their backward writes every gradient once instead of adding padded copies.
-        parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-        return torch.cat([_one_sequence(*part) for part in parts])
+        parts = zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
+        return torch.cat([*(_one_sequence(*part) for part in parts), torch.zeros_like(spare)])
 
 
 def _one_sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

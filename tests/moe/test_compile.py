@@ -76,6 +76,22 @@ def assert_same(one: Any, other: Any, encoder: Encoder, *args: Any, **kwargs: An
     assert_close(*results)
 
 
+def test_linear_cost_attention_and_memory_are_one_graph() -> None:
+    kinds = [
+        {"attention": {"kind": "linear", "heads": 2}},
+        {"attention": {"kind": "linformer", "heads": 2, "rank": 3, "max_length": 20}},
+        {"attention": {"kind": "nystrom", "heads": 2, "landmarks": 2, "convolution": 3}},
+        {"feed_forward": {"kind": "memory", "heads": 2, "sub_keys": 4, "top_k": 3, "query_width": 8}},
+    ]
+    overrides = [{"layers": [layer], **kind} for layer, kind in enumerate(kinds)]
+    block = {"attention": {"heads": 2}, "feed_forward": {"width": 8}}
+    encoder = Encoder(EncoderConfig(vocab_size=30, width=8, depth=4, block=block, overrides=overrides))
+    fast, counter = compiled(encoder)
+    ids, batch = packed(LENGTHS[0])
+    assert_same(fast, encoder, encoder, ids, batch=batch)
+    assert counter.frame_count == 1
+
+
 def test_training_is_one_graph_for_batches_of_any_shape() -> None:
     encoder = encoder_of(*NAMES)
     fast, counter = compiled(encoder)

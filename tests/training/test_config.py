@@ -159,6 +159,13 @@ def test_a_bad_value_is_named_by_its_path(load: Callable[..., RunConfig], overri
         assert message in line
 
 
+def test_projections_over_length_must_reach_the_longest_sequence(load: Callable[..., RunConfig]) -> None:
+    override = "model.overrides=[{layers: [2], attention: {kind: linformer, max_length: %d}}]"
+    assert load(MINIMAL, override % 128, "data.max_length=128").model.blocks()[2].attention.kind == "linformer"
+    with pytest.raises(UserError, match=r"layer 2: .* max_length = 127 tokens, but data\.max_length is 128"):
+        load(MINIMAL, override % 127, "data.max_length=128")
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [

@@ -153,6 +153,7 @@ def _feed_forward(block: BlockConfig, s: Setting) -> Part:
             backward=2 * residual + dense.backward,
             parameters=dense.parameters + s.width,
         )
+    assert isinstance(ff, ExpertsConfig)  # parameters are counted first, which refuses what isn't known
     experts, choosing = _experts(ff, s), _router(ff, s)
     shared = _dense(DenseConfig(width=ff.shared_width, activation=ff.activation), s) if ff.shared_width else NOTHING
     learns = ff.router.num_params(s.width, ff.count)

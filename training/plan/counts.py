@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import torch
 
-from moe.config import BlockConfig, DenseConfig, EncoderConfig, ExpertsConfig
+from moe.config import BlockConfig, DenseConfig, EncoderConfig, ExpertsConfig, MemoryConfig
 from moe.experts.experts import Experts
 from moe.heads import MaskedLM
+from routing.errors import UserError
 from training.config import RunConfig
 
 
@@ -27,7 +28,11 @@ class Parameters(NamedTuple):
 
 
 def count_parameters(model: EncoderConfig) -> Parameters:
-    """Of the encoder and its masked-LM head."""
+    """Of the encoder and its masked-LM head.
+
+    Raises:
+        UserError: for a kind of feed-forward that plans don't know.
+    """
     width = model.width
     dense = experts = router = 0
     for block in model.blocks():
@@ -35,6 +40,10 @@ def count_parameters(model: EncoderConfig) -> Parameters:
         if isinstance(ff, DenseConfig):
             dense += ff.num_params(width)
             continue
+        if isinstance(ff, MemoryConfig):
+            raise UserError(
+                "what a feed-forward of kind memory costs a run isn't known here; plan with kind: experts or dense"
+            )
         router += ff.router.num_params(width, ff.count)
         dense += shared_params(ff, width)
         experts += ff.count * expert_params(ff, width)
@@ -113,5 +122,10 @@ def targets_per_sequence(run: RunConfig) -> int:
 
 def _not_recomputed(block: BlockConfig, width: int) -> int:
     """A block's last product, which every token passes: recomputation stops once backward has what it needs."""
-    ff = block.feed_forward
-    return 2 * width * (ff.width if isinstance(ff, DenseConfig) else ff.shared_width)
+    match block.feed_forward:
+        case DenseConfig() as ff:
+            return 2 * width * ff.width
+        case ExpertsConfig() as ff:
+            return 2 * width * ff.shared_width
+        case MemoryConfig():
+            return 0  # summing values saves what only its forward makes

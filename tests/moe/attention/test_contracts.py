@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from moe.attention.kinds import AttentionConfig, build_attention
-from moe.batch import pack_lengths
+from moe.batch import pack_lengths, to_device
 from moe.config import EncoderConfig
 from moe.encoder import Encoder
 from routing.types import Tokens
@@ -111,6 +111,20 @@ def test_half_precision_is_near_float32(config: dict[str, Any], dtype: torch.dty
     # A choice may fall the other way for a token or two; most must agree.
     error = (rounded.float() - exact).norm(dim=1) / exact.norm(dim=1)
     assert error.median() < (0.03 if dtype == torch.bfloat16 else 0.005)
+
+
+@every_kind
+@pytest.mark.gpu
+def test_a_gpu_in_half_precision_is_near_float32_on_a_cpu(config: dict[str, Any]) -> None:
+    layer, x = built(config), torch.randn(sum(LENGTHS), WIDTH)
+    exact = attend(layer, x, LENGTHS)
+    batch = to_device(pack_lengths(LENGTHS), torch.device("cuda"))
+    tokens = Tokens((torch.arange(len(x)) % 7).cuda(), batch.cu_seqlens)
+    with torch.autocast("cuda", torch.bfloat16):
+        rounded = layer.cuda()(x.cuda(), batch, tokens)[0].float().cpu()
+    assert rounded.isfinite().all()
+    error = (rounded - exact).norm(dim=1) / exact.norm(dim=1)
+    assert error.median() < 0.03
 
 
 @every_kind

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from moe.attention import varlen, varlen_cpu
-from moe.attention.varlen import choose_kernel, varlen_attention
+from moe.attention.varlen import Rows, choose_kernel, cross_attention, varlen_attention
 from moe.batch import pack_lengths, to_device
 from tests import oracles
 
@@ -36,6 +36,28 @@ def test_values_and_gradients_match_the_oracle(lengths: list[int], kernel: str) 
     slow = oracles.attention(*inputs.values(), lengths)
     upstream = oracles.random_like(fast)
     assert_close(fast, slow)
+    assert_close(oracles.gradients(fast, inputs, upstream), oracles.gradients(slow, inputs, upstream))
+
+
+def test_other_keys_than_queries_match_the_oracle(kernel: str) -> None:
+    own_queries, own_keys, spare = [3, 0, 2, 4], [1, 2, 0, 5], torch.full((2, 2, 4), float("nan"))
+    inputs = {"q": torch.randn(9, 2, 4, requires_grad=True)}
+    inputs |= {name: torch.randn(8, 2, 4, requires_grad=True) for name in "kv"}
+    queries, keys = (Rows(pack_lengths(lengths).cu_seqlens, 5) for lengths in (own_queries, own_keys))
+    with_spare = (torch.cat([x, spare]) for x in inputs.values())  # rows that are nobody's
+    fast = cross_attention(*with_spare, queries, keys)[:9]
+
+    rows, start, first = [], 0, 0
+    for count, of_keys in zip(own_queries, own_keys, strict=True):
+        own = slice(first, first + of_keys)
+        for t in range(start, start + count):
+            for h in range(2):
+                weights = oracles.softmax(inputs["k"][own, h] @ inputs["q"][t, h] / 2) if of_keys else torch.zeros(0)
+                rows.append(weights @ inputs["v"][own, h])
+        start, first = start + count, first + of_keys
+    slow = torch.stack(rows).view(9, 2, 4)
+    assert_close(fast, slow)
+    upstream = oracles.random_like(fast)
     assert_close(oracles.gradients(fast, inputs, upstream), oracles.gradients(slow, inputs, upstream))
 
 
@@ -121,7 +143,8 @@ def test_autocast_leaves_float32_alone() -> None:
 
 @pytest.mark.parametrize("lengths", [LENGTHS, []], ids=str)
 def test_the_operator_keeps_torchs_contract(lengths: list[int]) -> None:
-    torch.library.opcheck(varlen_cpu._attention, (*qkv(lengths).values(), pack_lengths(lengths).cu_seqlens))
+    cu_seqlens = pack_lengths(lengths).cu_seqlens
+    torch.library.opcheck(varlen_cpu._attention, (*qkv(lengths).values(), cu_seqlens, cu_seqlens))
 
 
 @pytest.mark.parametrize(

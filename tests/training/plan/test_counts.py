@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moe.config import ExpertsConfig
 from moe.heads import MaskedLM
 from routing import RoutingTotals
+from routing.errors import UserError
 from tests.training.plan.runs import experts, micro_batch, small_run
 from training.config import RunConfig
 from training.objective import masked_lm_objective
@@ -102,3 +103,9 @@ def test_flops_of_a_step_equal_those_torch_counts(
         train__micro_batch_tokens=3 * length,
     )
     assert counted_flops(run) == pytest.approx(3 * length * flops_per_token(run).total, rel=1e-12)
+
+
+def test_a_memory_is_refused_by_name() -> None:
+    run = small_run(model__block={"attention": {"heads": 2}, "feed_forward": {"kind": "memory"}})
+    with pytest.raises(UserError, match=r"feed-forward of kind memory .* plan with kind: experts or dense"):
+        count_parameters(run.model)
