@@ -95,7 +95,7 @@ class NystromAttention(nn.Module):
         q, k, v = qkv.view(length, 3, self.heads, width // self.heads).unbind(1)
         with torch.autocast(x.device.type, enabled=False):
             if self.positions is not None:
-                cos, sin = rotary_angles(batch.positions, width // self.heads, self.positions.theta)
+                cos, sin = rotary_angles(batch.positions, width // self.heads, self.positions)
                 q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             if batch.max_seqlen <= self.landmarks:
                 mixed = varlen_attention(q, k, v, batch)
