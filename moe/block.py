@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from moe.attention.kinds import build_attention
 from moe.batch import PackedBatch
-from moe.config import BlockConfig, DenseConfig
+from moe.config import BlockConfig, FeedForwardConfig
+from moe.experts.config import ExpertsConfig
 from moe.experts.layer import MoEFeedForward
-from moe.feed_forward import FeedForward
+from moe.feed_forward import DenseConfig, FeedForward, GroupedDenseConfig, GroupedFeedForward
 from routing import Router
 from routing.types import RoutingStats, Tokens
 
@@ -33,10 +34,7 @@ class EncoderBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(width, eps=norm_eps, bias=False)
         self.attention = build_attention(config.attention, width)
         self.feed_forward_norm = nn.LayerNorm(width, eps=norm_eps, bias=False)
-        ff = config.feed_forward
-        self.feed_forward = (
-            FeedForward(width, ff.width, ff.activation) if isinstance(ff, DenseConfig) else MoEFeedForward(ff, width)
-        )
+        self.feed_forward = _build_feed_forward(config.feed_forward, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, batch: PackedBatch, tokens: Tokens) -> BlockOutput:
@@ -57,3 +55,13 @@ class EncoderBlock(nn.Module):
         """By what they route, as in `BlockOutput.routing`."""
         sublayers = {"heads": self.attention, "experts": self.feed_forward}
         return {kind: layer.router for kind, layer in sublayers.items() if isinstance(layer, Routed)}
+
+
+def _build_feed_forward(config: FeedForwardConfig, width: int) -> nn.Module:
+    match config:
+        case DenseConfig():
+            return FeedForward(width, config.width, config.activation)
+        case GroupedDenseConfig():
+            return GroupedFeedForward(config, width)
+        case ExpertsConfig():
+            return MoEFeedForward(config, width)

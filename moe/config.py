@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from moe.attention.kinds import AttentionConfig
 from moe.attention.softmax import SoftmaxAttentionConfig
 from moe.experts.config import Backend, ExpertsConfig
-from moe.feed_forward import Activation, DenseConfig
+from moe.feed_forward import Activation, DenseConfig, GroupedDenseConfig
 from routing.config import Config
 
 __all__ = [
@@ -24,10 +24,11 @@ __all__ = [
     "EncoderConfig",
     "ExpertsConfig",
     "FeedForwardConfig",
+    "GroupedDenseConfig",
     "SoftmaxAttentionConfig",
 ]
 
-FeedForwardConfig = Annotated[DenseConfig | ExpertsConfig, Field(discriminator="kind")]
+FeedForwardConfig = Annotated[DenseConfig | GroupedDenseConfig | ExpertsConfig, Field(discriminator="kind")]
 
 
 class BlockConfig(Config):
@@ -124,6 +125,8 @@ class EncoderConfig(Config):
         for layer, block in enumerate(self.blocks()):
             try:
                 block.attention.check(self.width)
+                if isinstance(block.feed_forward, GroupedDenseConfig):
+                    block.feed_forward.check(self.width)
             except ValueError as error:
                 raise ValueError(f"layer {layer}: {error}") from None
         return self

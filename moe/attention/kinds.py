@@ -5,13 +5,27 @@ from typing import Annotated, Protocol
 from pydantic import Field
 from torch import Tensor, nn
 
+from moe.attention.convolution import (
+    DynamicConvolution,
+    DynamicConvolutionConfig,
+    LightweightConvolution,
+    LightweightConvolutionConfig,
+    SpanConvolution,
+    SpanConvolutionConfig,
+)
 from moe.attention.linear import LinearAttention, LinearAttentionConfig
+from moe.attention.mixed import MixedAttention, MixedAttentionConfig
 from moe.attention.softmax import SoftmaxAttention, SoftmaxAttentionConfig
 from moe.batch import PackedBatch
 from routing.types import RoutingStats, Tokens
 
 AttentionConfig = Annotated[
-    SoftmaxAttentionConfig | LinearAttentionConfig,
+    SoftmaxAttentionConfig
+    | LinearAttentionConfig
+    | MixedAttentionConfig
+    | SpanConvolutionConfig
+    | DynamicConvolutionConfig
+    | LightweightConvolutionConfig,
     Field(discriminator="kind"),
 ]
 
@@ -29,3 +43,11 @@ def build_attention(config: AttentionConfig, width: int) -> nn.Module:
             return SoftmaxAttention(config, width)
         case LinearAttentionConfig():
             return LinearAttention(config, width)
+        case MixedAttentionConfig():
+            return MixedAttention(config, width)
+        case SpanConvolutionConfig():
+            return SpanConvolution(config, width)
+        case DynamicConvolutionConfig():
+            return DynamicConvolution(config, width)
+        case LightweightConvolutionConfig():
+            return LightweightConvolution(config, width)

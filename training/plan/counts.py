@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from moe.config import BlockConfig, DenseConfig, EncoderConfig, ExpertsConfig
+from moe.config import BlockConfig, DenseConfig, EncoderConfig, ExpertsConfig, GroupedDenseConfig
 from training.config import RunConfig
 
 
@@ -28,7 +28,7 @@ def count_parameters(model: EncoderConfig) -> Parameters:
     dense = experts = router = 0
     for block in model.blocks():
         ff = block.feed_forward
-        if isinstance(ff, DenseConfig):
+        if not isinstance(ff, ExpertsConfig):
             dense += ff.num_params(width)
             continue
         router += ff.router.num_params(width, ff.count)
@@ -95,4 +95,10 @@ def targets_per_sequence(run: RunConfig) -> int:
 def _not_recomputed(block: BlockConfig, width: int) -> int:
     """A block's last product, which every token passes: recomputation stops once backward has what it needs."""
     ff = block.feed_forward
-    return 2 * width * (ff.width if isinstance(ff, DenseConfig) else ff.shared_width)
+    match ff:
+        case DenseConfig():
+            return 2 * width * ff.width
+        case GroupedDenseConfig():
+            return 2 * width * ff.width // ff.groups
+        case ExpertsConfig():
+            return 2 * width * ff.shared_width
