@@ -121,13 +121,16 @@ class _Depthwise(torch.autograd.Function):
 
 
 def _slide(x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+    dtype = x.dtype
+    if x.device.type == "cpu":  # its bfloat16 kernel never returns for some sizes: 16 channels and 19 taps, for one
+        x, weight = x.to(_exact(x)), weight.to(_exact(x))
     laid = _lay(x[:, None], rows)[0]
     length, width = laid.shape
     # An image one row high, its channels side by side: so a CPU's kernel computes all taps in one pass.
     image = laid.as_strided((1, width, 1, length), (length * width, 1, length * width, width))
     with torch.autocast(x.device.type, enabled=False):
         out = F.conv2d(image, weight[:, None, None], groups=width)[0, :, 0].t()
-    return out.index_select(0, rows.of_token - weight.shape[1] // 2)
+    return out.index_select(0, rows.of_token - weight.shape[1] // 2).to(dtype)
 
 
 @torch.library.custom_op("moe::products_of_shifts", mutates_args=())
