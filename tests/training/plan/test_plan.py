@@ -131,7 +131,7 @@ def test_what_has_no_memory_model_is_refused(config: str, what: str, capsys: pyt
 def test_grouped_feed_forward_has_no_memory_model() -> None:
     run = small_run(model__block={"feed_forward": {"kind": "grouped"}})
     with pytest.raises(UserError, match="of kind grouped keeps in memory isn't known here; plan with kind: dense"):
-        make_plan(run, GPUS["h100"], 8)
+        make_plan(run, 8, H100, 0.4)
 
 
 def test_planning_needs_no_training_engine(tmp_path: Path) -> None:
