@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 from moe.attention.kinds import build_attention
 from moe.batch import PackedBatch
-from moe.config import BlockConfig, DenseConfig, ExpertsConfig, FeedForwardConfig, MemoryConfig
+from moe.config import BlockConfig, FeedForwardConfig
+from moe.experts.config import ExpertsConfig
 from moe.experts.layer import MoEFeedForward
-from moe.feed_forward import FeedForward
-from moe.memory import ProductKeyMemory
+from moe.feed_forward import DenseConfig, FeedForward, GroupedDenseConfig, GroupedFeedForward
+from moe.memory import MemoryConfig, ProductKeyMemory
 from routing import Router
 from routing.types import RoutingStats, Tokens
 
@@ -62,6 +63,8 @@ def build_feed_forward(config: FeedForwardConfig, width: int, norm_eps: float) -
     match config:
         case DenseConfig():
             return FeedForward(width, config.width, config.activation)
+        case GroupedDenseConfig():
+            return GroupedFeedForward(config, width)
         case ExpertsConfig():
             return MoEFeedForward(config, width)
         case MemoryConfig():

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from moe.attention.kinds import AttentionConfig
 from moe.attention.softmax import SoftmaxAttentionConfig
 from moe.experts.config import Backend, ExpertsConfig
-from moe.feed_forward import Activation, DenseConfig
+from moe.feed_forward import Activation, DenseConfig, GroupedDenseConfig
 from moe.memory import MemoryConfig
 from moe.positions.learned import LearnedPositionsConfig
 from routing.config import Config
@@ -26,11 +26,14 @@ __all__ = [
     "EncoderConfig",
     "ExpertsConfig",
     "FeedForwardConfig",
+    "GroupedDenseConfig",
     "MemoryConfig",
     "SoftmaxAttentionConfig",
 ]
 
-FeedForwardConfig = Annotated[DenseConfig | ExpertsConfig | MemoryConfig, Field(discriminator="kind")]
+FeedForwardConfig = Annotated[
+    DenseConfig | GroupedDenseConfig | ExpertsConfig | MemoryConfig, Field(discriminator="kind")
+]
 
 
 class BlockConfig(Config):
@@ -129,6 +132,8 @@ class EncoderConfig(Config):
         for layer, block in enumerate(self.blocks()):
             try:
                 block.attention.check(self.width)
+                if isinstance(block.feed_forward, GroupedDenseConfig):
+                    block.feed_forward.check(self.width)
             except ValueError as error:
                 raise ValueError(f"layer {layer}: {error}") from None
         return self

@@ -5,15 +5,31 @@ from typing import Annotated, Protocol
 from pydantic import Field
 from torch import Tensor, nn
 
+from moe.attention.convolution import (
+    DynamicConvolution,
+    DynamicConvolutionConfig,
+    LightweightConvolution,
+    LightweightConvolutionConfig,
+    SpanConvolution,
+    SpanConvolutionConfig,
+)
 from moe.attention.linear import LinearAttention, LinearAttentionConfig
 from moe.attention.linformer import LinformerAttention, LinformerConfig
+from moe.attention.mixed import MixedAttention, MixedAttentionConfig
 from moe.attention.nystrom import NystromAttention, NystromConfig
 from moe.attention.softmax import SoftmaxAttention, SoftmaxAttentionConfig
 from moe.batch import PackedBatch
 from routing.types import RoutingStats, Tokens
 
 AttentionConfig = Annotated[
-    SoftmaxAttentionConfig | LinearAttentionConfig | LinformerConfig | NystromConfig,
+    SoftmaxAttentionConfig
+    | LinearAttentionConfig
+    | LinformerConfig
+    | NystromConfig
+    | MixedAttentionConfig
+    | SpanConvolutionConfig
+    | DynamicConvolutionConfig
+    | LightweightConvolutionConfig,
     Field(discriminator="kind"),
 ]
 
@@ -35,3 +51,11 @@ def build_attention(config: AttentionConfig, width: int) -> nn.Module:
             return LinformerAttention(config, width)
         case NystromConfig():
             return NystromAttention(config, width)
+        case MixedAttentionConfig():
+            return MixedAttention(config, width)
+        case SpanConvolutionConfig():
+            return SpanConvolution(config, width)
+        case DynamicConvolutionConfig():
+            return DynamicConvolution(config, width)
+        case LightweightConvolutionConfig():
+            return LightweightConvolution(config, width)

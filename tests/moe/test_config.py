@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe.config import DenseConfig, EncoderConfig, ExpertsConfig
+from moe.config import DenseConfig, EncoderConfig, ExpertsConfig, GroupedDenseConfig
 from moe.encoder import Encoder
 from moe.experts.layer import MoEFeedForward
 from routing import (
@@ -121,7 +121,14 @@ experts = st.integers(1, 6).flatmap(
         backend=st.just("loop"),
     )
 )
-feed_forwards = st.one_of(dense, experts)
+grouped = st.builds(
+    GroupedDenseConfig,
+    groups=st.sampled_from([1, 2, 3]),
+    width=st.sampled_from([6, 30]),
+    activation=activations,
+    bias=st.booleans(),
+)
+feed_forwards = st.one_of(dense, grouped, experts)
 positions = st.sampled_from(
     [None, {"kind": "rotary"}, {"kind": "t5"}, {"kind": "alibi"}, {"kind": "shaw"}, {"kind": "shaw", "values": False}]
 )

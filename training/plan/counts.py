@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe.config import BlockConfig, DenseConfig, EncoderConfig, ExpertsConfig, MemoryConfig
+from moe.config import BlockConfig, DenseConfig, EncoderConfig, ExpertsConfig, GroupedDenseConfig, MemoryConfig
 from moe.experts.experts import Experts
 from moe.heads import MaskedLM
 from routing.errors import UserError
@@ -37,13 +37,13 @@ def count_parameters(model: EncoderConfig) -> Parameters:
     dense = experts = router = 0
     for block in model.blocks():
         ff = block.feed_forward
-        if isinstance(ff, DenseConfig):
-            dense += ff.num_params(width)
-            continue
         if isinstance(ff, MemoryConfig):
             raise UserError(
                 "what a feed-forward of kind memory costs a run isn't known here; plan with kind: experts or dense"
             )
+        if not isinstance(ff, ExpertsConfig):
+            dense += ff.num_params(width)
+            continue
         router += ff.router.num_params(width, ff.count)
         dense += shared_params(ff, width)
         experts += ff.count * expert_params(ff, width)
@@ -125,6 +125,8 @@ def _not_recomputed(block: BlockConfig, width: int) -> int:
     match block.feed_forward:
         case DenseConfig() as ff:
             return 2 * width * ff.width
+        case GroupedDenseConfig() as ff:
+            return 2 * width * ff.width // ff.groups
         case ExpertsConfig() as ff:
             return 2 * width * ff.shared_width
         case MemoryConfig():

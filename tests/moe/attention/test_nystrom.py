@@ -55,7 +55,7 @@ def oracle(layer: NystromAttention, x: Tensor, lengths: list[int]) -> Tensor:
         projected = own @ layer.qkv.weight.T + (0 if layer.qkv.bias is None else layer.qkv.bias)
         q, k, v = projected.view(len(own), 3, 2, 4).unbind(1)
         if layer.positions is not None:
-            cos, sin = rotary_angles(torch.arange(len(own)), 4, layer.positions.theta)
+            cos, sin = rotary_angles(torch.arange(len(own)), 4, layer.positions)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         heads = []
         if len(own) > LANDMARKS:

@@ -37,7 +37,13 @@ def test_parameters_literal() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, ROUTED, ROUTED | {"model__overrides": [{"layers": [1], "feed_forward": {"kind": "dense"}}]}]
+    "changes",
+    [
+        {},
+        ROUTED,
+        ROUTED | {"model__overrides": [{"layers": [1], "feed_forward": {"kind": "dense"}}]},
+        {"model__overrides": [{"layers": [1], "feed_forward": {"kind": "grouped", "width": 128}}]},
+    ],
 )
 def test_parameters_equal_the_built_model(changes: dict[str, Any]) -> None:
     run = small_run(**changes)
@@ -88,7 +94,13 @@ def recomputed(run: RunConfig, ff: ExpertsConfig) -> bool:
     checkpointing=st.booleans(),
     length=st.sampled_from([8, 21, 64]),
     rate=st.sampled_from([0.1, 0.5]),
-    overrides=st.sampled_from([[], [{"layers": [0], "feed_forward": {"kind": "dense", "activation": "geglu"}}]]),
+    overrides=st.sampled_from(
+        [
+            [],
+            [{"layers": [0], "feed_forward": {"kind": "dense", "activation": "geglu"}}],
+            [{"layers": [0, 1], "feed_forward": {"kind": "grouped", "groups": 4, "width": 32}}],
+        ]
+    ),
 )
 def test_flops_of_a_step_equal_those_torch_counts(
     routed: dict[str, Any], checkpointing: bool, length: int, rate: float, overrides: list[Any]

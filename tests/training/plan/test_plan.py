@@ -107,7 +107,11 @@ def test_what_does_not_fit_is_printed_all_the_same(capsys: pytest.CaptureFixture
     assert "none does" in printed
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+UNKNOWN_MEMORY = {"convbert-small": "attention of kind mixed"}  # configs of what has no memory model yet
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem not in UNKNOWN_MEMORY)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_can_be_planned(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(config), "--gpus", "8", "--json", str(tmp_path / "plan.json")]) == 0
     printed = capsys.readouterr().out
@@ -116,6 +120,18 @@ def test_every_config_can_be_planned(config: Path, tmp_path: Path, capsys: pytes
     assert written["plan"]["memory_total"] > 0
     assert len(written["sweep"]) == 4
     assert len(written["stages"]) == 4
+
+
+@pytest.mark.parametrize(("config", "what"), UNKNOWN_MEMORY.items())
+def test_what_has_no_memory_model_is_refused(config: str, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(ROOT / "configs" / f"{config}.yaml"), "--gpus", "8"]) == 2
+    assert f"what {what} keeps in memory isn't known here" in capsys.readouterr().err
+
+
+def test_grouped_feed_forward_has_no_memory_model() -> None:
+    run = small_run(model__block={"feed_forward": {"kind": "grouped"}})
+    with pytest.raises(UserError, match="of kind grouped keeps in memory isn't known here; plan with kind: dense"):
+        make_plan(run, 8, H100, 0.4)
 
 
 def test_planning_needs_no_training_engine(tmp_path: Path) -> None:

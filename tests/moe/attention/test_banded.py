@@ -1,0 +1,140 @@
+"""Convolution along packed sequences against one written out token by token, tap by tap."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from moe.attention import banded
+from moe.attention.banded import convolve, depthwise, rows_around
+from moe.batch import pack_lengths
+from tests import oracles
+
+LENGTHS = [5, 0, 1, 40, 16, 3]
+TAPS = [1, 3, 9, 21]
+
+
+def slow(kernel: Tensor, values: Tensor, lengths: list[int]) -> Tensor:
+    """`[T, H, K]`, `[T, H, C]` -> `[T, H, C]`: every token sums the taps that are in its sequence."""
+    taps, ends = kernel.shape[2], pack_lengths(lengths).cu_seqlens.tolist()
+    out = []
+    for start, end in pairwise(ends):
+        for t in range(start, end):
+            reached = {k: t + k - taps // 2 for k in range(taps) if start <= t + k - taps // 2 < end}
+            out.append(sum(kernel[t, :, k, None] * values[s] for k, s in reached.items()))
+    return torch.stack(out)
+
+
+def inputs_for(lengths: list[int], taps: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    shapes = {"kernel": (2, taps), "values": (2, 3)}
+    return {k: torch.randn(sum(lengths), *s, dtype=dtype, requires_grad=True) for k, s in shapes.items()}
+
+
+@pytest.mark.parametrize("taps", TAPS)
+def test_values_and_gradients_match_the_oracle(taps: int) -> None:
+    inputs = inputs_for(LENGTHS, taps)
+    fast = convolve(**inputs, rows=rows_around(pack_lengths(LENGTHS), taps))
+    written = slow(**inputs, lengths=LENGTHS)
+    upstream = oracles.random_like(fast)
+    assert_close(fast, written)
+    assert_close(oracles.gradients(fast, inputs, upstream), oracles.gradients(written, inputs, upstream))
+
+
+@pytest.mark.parametrize("taps", TAPS)
+def test_depthwise_values_and_gradients_match_the_oracle(taps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(banded, "_SLICE", 7)  # several, the last one short
+    x, weight = torch.randn(sum(LENGTHS), 6, requires_grad=True), torch.randn(6, taps, requires_grad=True)
+    fast = depthwise(x, weight, rows_around(pack_lengths(LENGTHS), taps))
+    written = slow(weight.expand(len(x), -1, -1), x[..., None], LENGTHS)[..., 0]
+    inputs, upstream = {"x": x, "weight": weight}, oracles.random_like(fast)
+    assert_close(fast, written)
+    found, expected = oracles.gradients(fast, inputs, upstream), oracles.gradients(written, inputs, upstream)
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_literals() -> None:
+    # Two sequences, (1, 2, 3) and (10,); each kernel is before, here, behind.
+    rows = rows_around(pack_lengths([3, 1]), 3)
+    values, kernel = torch.tensor([1.0, 2.0, 3.0, 10.0]), torch.tensor([100.0, 10.0, 1.0])
+    expected = [10 + 2, 100 + 20 + 3, 200 + 30, 100]
+    assert convolve(kernel.expand(4, 1, 3), values.view(4, 1, 1), rows).flatten().tolist() == expected
+    assert depthwise(values[:, None], kernel[None], rows).flatten().tolist() == expected
+
+
+@settings(max_examples=30)
+@given(lengths=st.lists(st.integers(0, 40), max_size=6), taps=st.sampled_from(TAPS))
+def test_every_sequence_has_zeros_on_both_sides_and_blocks_of_its_own(lengths: list[int], taps: int) -> None:
+    batch = pack_lengths(lengths)
+    rows, reach = rows_around(batch, taps), taps // 2
+    tokens = rows.token.tolist()
+    assert [tokens[row] for row in rows.of_token.tolist()] == list(range(sum(lengths)))
+    assert sum(token < sum(lengths) for token in tokens) == sum(lengths)
+    for start, end in pairwise(batch.cu_seqlens.tolist()):
+        if start < end:
+            first = int(rows.of_token[start]) - reach
+            last_block = first + (end - start - 1) // rows.block * rows.block
+            window = range(first, last_block + rows.block + 2 * reach)
+            assert first % rows.block == 0
+            assert {tokens[row] for row in window} <= {*range(start, end), sum(lengths)}
+
+
+def test_not_even_what_is_not_a_number_reaches_another_sequence() -> None:
+    inputs = {name: x.detach() for name, x in inputs_for(LENGTHS, 9).items()}
+    x, weight = torch.randn(sum(LENGTHS), 2), torch.randn(2, 9)
+    rows, others = rows_around(pack_lengths(LENGTHS), 9), [*range(6), *range(46, 65)]
+
+    def outputs() -> list[Tensor]:
+        for tensor in [*inputs.values(), x]:
+            tensor.requires_grad_()
+        out, deep = convolve(**inputs, rows=rows), depthwise(x, weight, rows)
+        grads = torch.autograd.grad([out, deep], [*inputs.values(), x], [out.detach(), deep.detach()])
+        return [y.detach()[others] for y in (out, deep, *grads)]
+
+    before = outputs()
+    with torch.no_grad():
+        for tensor in [*inputs.values(), x]:
+            tensor[6:46] = float("nan")
+    assert_close(outputs(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]], ids=str)
+def test_no_tokens_give_no_tokens(lengths: list[int]) -> None:
+    inputs = inputs_for(lengths, 9) | {"x": torch.randn(0, 4, requires_grad=True)}
+    weight, rows = torch.randn(4, 9, requires_grad=True), rows_around(pack_lengths(lengths), 9)
+    outputs = [convolve(inputs["kernel"], inputs["values"], rows), depthwise(inputs["x"], weight, rows)]
+    found = oracles.gradients(outputs, inputs | {"weight": weight}, oracles.random_like(*outputs))
+    assert [y.shape for y in outputs] == [(0, 2, 3), (0, 4)]
+    assert not found["weight"].any()
+
+
+def test_views_of_any_layout_and_expanded_gradients() -> None:
+    packed = torch.randn(sum(LENGTHS), 3, 2, 2, requires_grad=True)
+    kernel, values = packed[..., 0].transpose(1, 2), packed[..., 1].transpose(1, 2)
+    fast = convolve(kernel, values, rows_around(pack_lengths(LENGTHS), 3))
+    written = slow(kernel, values, LENGTHS)
+    assert_close(*(torch.autograd.grad(y.sum(), packed)[0] for y in (fast, written)))
+
+
+def test_second_derivatives_of_the_convolution() -> None:
+    inputs, rows = inputs_for([3, 1], 3, torch.float64), rows_around(pack_lengths([3, 1]), 3)
+    assert torch.autograd.gradgradcheck(lambda kernel, values: convolve(kernel, values, rows), tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_rounds_what_float32_computes(dtype: torch.dtype) -> None:
+    inputs = {name: x.detach().to(dtype).requires_grad_() for name, x in inputs_for(LENGTHS, 9).items()}
+    exact = {name: x.detach().float().requires_grad_() for name, x in inputs.items()}
+    rows, upstream = rows_around(pack_lengths(LENGTHS), 9), torch.randn(sum(LENGTHS), 2, 3).to(dtype)
+    half, single = convolve(**inputs, rows=rows), convolve(**exact, rows=rows)
+    assert_close(half, single.to(dtype), rtol=2e-2, atol=1e-2)
+    expected = oracles.gradients(single, exact, [upstream.float()])
+    for name, gradient in oracles.gradients(half, inputs, [upstream]).items():
+        assert_close(gradient, expected[name].to(dtype), rtol=2e-2, atol=1e-2)
+
+
+def test_the_operator_keeps_torchs_contract() -> None:
+    torch.library.opcheck(banded._products_of_shifts, (torch.randn(32, 4), torch.randn(32, 4), 9))
