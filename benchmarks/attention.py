@@ -7,13 +7,14 @@ over the contender's: more is faster; `vs NAME` the same over a peer's. `mib` is
 beyond parameters and their gradients, `memory_ratio` the limit's over the contender's. `growth` is the exponent g of a
 sequence's time, which grows as S^g, between this length and the one before it: 1 is linear.
 
-The cores alone (`--cores`): softmax attention of given queries, keys and values against the span-based dynamic
-convolution of given values and kernels, all 8 heads.
+The cores alone, last: softmax attention of given queries, keys and values against the span-based dynamic convolution of
+given values and kernel logits, 9 taps.
 
 bf16 is autocast over float32 parameters. `forward+backward` takes the gradients of the input and of all parameters.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import log
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from benchmarks.attention_peers import PEERS, Peer
 from benchmarks.common import Row, arguments, device_in_use, interleaved_seconds, save, show, train_call
 from benchmarks.memory import peak_bytes
+from moe.attention.banded import rows_around
+from moe.attention.convolution import convolve_heads
 from moe.attention.kinds import AttentionConfig, build_attention
 from moe.batch import pack_lengths, to_device
 from routing.types import Tokens
@@ -35,7 +38,22 @@ LIMIT = "limit"
 
 OURS: dict[str, dict[str, Any]] = {
     LIMIT: {"kind": "softmax", "heads": HEADS},
+    "ours 2 of 8 heads per token": {"kind": "routed_heads", "heads": HEADS, "shared": 0},
+    "ours 2 of 8 heads per sequence": {
+        **{"kind": "routed_heads", "heads": HEADS, "shared": 0},
+        "router": {"kind": "token_choice", "scope": "sequence"},
+    },
+    "ours 2 of 8 heads for all input": {
+        **{"kind": "routed_heads", "heads": HEADS, "shared": 0},
+        "router": {"kind": "learned"},
+    },
+    "ours mixed": {"kind": "mixed", "heads": HEADS},
+    "ours span convolution": {"kind": "span_convolution", "heads": HEADS},
+    "ours local, window 128": {"kind": "local", "heads": HEADS},
+    "ours adaptive resolution": {"kind": "adaptive_resolution", "heads": HEADS},
     "ours linear": {"kind": "linear", "heads": HEADS},
+    "ours linformer, rank 256": {"kind": "linformer", "heads": HEADS, "max_length": max(LENGTHS)},
+    "ours nystrom, 64 landmarks": {"kind": "nystrom", "heads": HEADS},
 }
 
 
@@ -81,7 +99,7 @@ def one_pass(contender: Contender, x: Tensor, mode: str, dtype: str) -> Callable
             return contender.forward(x)
 
     if mode == "forward":
-        return lambda: _without_gradient(forward, x)
+        return partial(_without_gradient, forward, x)
     return train_call(forward, x, [x, *contender.parameters])
 
 
@@ -107,6 +125,40 @@ def measure(made: dict[str, Contender], case: str, length: int, x: Tensor, dtype
                 "length": length,
                 "seconds_per_sequence": taken * length / len(x),
                 **{f"vs {peer}": seconds[peer] / taken for peer in PEERS if peer in seconds},
+            }
+
+
+def cores(length: int, tokens: int, dtype: str, rounds: int) -> Iterator[Row]:
+    """What stands between the projections: softmax attention's against span convolution's."""
+    sequences, taps = max(1, tokens // length), 9
+    number = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+
+    def leaf(*shape: int) -> Tensor:
+        x = torch.randn(length * sequences, *shape, dtype=number, device=device_in_use())
+        return x.requires_grad_()
+
+    batch = to_device(pack_lengths([length] * sequences), device_in_use())
+    q, k, v = (leaf(HEADS, WIDTH // HEADS) for _ in range(3))
+    values, logits = leaf(WIDTH), leaf(HEADS, taps)
+    made: dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]] = {
+        LIMIT: (partial(varlen_attention, k=k, v=v, batch=batch), [q, k, v]),
+        "ours span convolution": (lambda x: convolve_heads(logits, x, rows_around(batch, taps)), [values, logits]),
+    }
+    for mode in MODES:
+        passes = {
+            name: partial(_without_gradient, forward, inputs[0])
+            if mode == "forward"
+            else train_call(forward, inputs[0], inputs)
+            for name, (forward, inputs) in made.items()
+        }
+        seconds = interleaved_seconds(passes, rounds)
+        for name, taken in seconds.items():
+            yield {
+                "case": f"core S{length} B{sequences}",
+                "dtype": dtype,
+                "mode": mode,
+                "contender": name,
+                "ratio_to_limit": seconds[LIMIT] / taken,
             }
 
 
@@ -144,7 +196,18 @@ def main(argv: list[str] | None = None) -> None:
             found = list(measure(made, f"S{length} B{sequences}", length, x, dtype, options.rounds))
             rows += found
             show(f"Attention, S {length}, {dtype}, {device_in_use().type}", with_growth(rows)[-len(found) :], None)
-    save(with_growth(rows), options.json)
+    grown = with_growth(rows)
+    inner = [
+        row
+        for dtype in options.dtypes
+        for length in sorted(options.lengths)
+        if not options.contenders
+        for row in cores(length, options.tokens, dtype, options.rounds)
+    ]
+    if inner:
+        show(f"Cores, {device_in_use().type}", inner, None)
+    empty = dict.fromkeys(grown[0])
+    save([*grown, *({**empty, **row} for row in inner)], options.json)
 
 
 if __name__ == "__main__":

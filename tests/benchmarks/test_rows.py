@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import encoder, memory, moe_layer, small_batch
+from benchmarks import attention, encoder, memory, moe_layer, small_batch
 from benchmarks.cases import LayerCase
 from benchmarks.contenders import LIMIT
 
@@ -132,3 +132,15 @@ def test_packed_and_padded_batches_hold_the_same_tokens() -> None:
     assert batch.padded_ids.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.packed_ids.tolist() == [5, 6, 7, 8]
+
+
+def test_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "WIDTH", 32)
+    monkeypatch.setattr(attention, "LENGTHS", (8, 16))
+    rows = rows_of(attention, tmp_path, "--lengths 8 16 --tokens 32 --rounds 1 --dtypes fp32")
+    whole = [row for row in rows if not row["case"].startswith("core")]
+    assert {row["contender"] for row in whole} == {*attention.OURS, *attention.PEERS}
+    assert all(row["growth"] is None for row in whole if row["case"].startswith("S8 "))
+    assert all(isinstance(row["growth"], float) for row in whole if row["case"].startswith("S16 "))
+    assert all(row["mib"] > 0 for row in whole)
+    assert len(rows) - len(whole) == 2 * 2 * 2  # lengths, modes, the two cores
