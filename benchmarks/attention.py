@@ -28,6 +28,7 @@ from benchmarks.memory import peak_bytes
 from moe.attention.banded import rows_around
 from moe.attention.convolution import convolve_heads
 from moe.attention.kinds import AttentionConfig, build_attention
+from moe.attention.varlen import varlen_attention
 from moe.batch import pack_lengths, to_device
 from routing.types import Tokens
 
