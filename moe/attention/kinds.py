@@ -6,12 +6,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from moe.attention.linear import LinearAttention, LinearAttentionConfig
+from moe.attention.routed_heads import RoutedHeads, RoutedHeadsConfig
 from moe.attention.softmax import SoftmaxAttention, SoftmaxAttentionConfig
 from moe.batch import PackedBatch
 from routing.types import RoutingStats, Tokens
 
 AttentionConfig = Annotated[
-    SoftmaxAttentionConfig | LinearAttentionConfig,
+    SoftmaxAttentionConfig | RoutedHeadsConfig | LinearAttentionConfig,
     Field(discriminator="kind"),
 ]
 
@@ -27,5 +28,7 @@ def build_attention(config: AttentionConfig, width: int) -> nn.Module:
     match config:
         case SoftmaxAttentionConfig():
             return SoftmaxAttention(config, width)
+        case RoutedHeadsConfig():
+            return RoutedHeads(config, width)
         case LinearAttentionConfig():
             return LinearAttention(config, width)

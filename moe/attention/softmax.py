@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from moe.attention.heads import check_heads
+from moe.attention.heads import channels_of, check_heads
 from moe.attention.varlen import varlen_attention
 from moe.batch import PackedBatch
 from moe.positions.rotary import RotaryConfig, rotary_angles, rotate
@@ -18,22 +18,25 @@ class SoftmaxAttentionConfig(Config):
 
     kind: Literal["softmax"] = "softmax"
     heads: int = Field(default=4, ge=1)
+    head_width: int | None = Field(default=None, ge=1)  # channels of a head; None: the model's width over the heads
     positions: RotaryConfig | None = RotaryConfig()  # None: order isn't seen here
     bias: bool = False  # of the projections, as published models have it
 
     def check(self, width: int) -> None:
         """Raise ValueError if this attention can't have that width."""
-        check_heads(width, self.heads, pairs=self.positions is not None)
+        check_heads(width, self.heads, pairs=self.positions is not None, channels=self.head_width)
 
     def num_params(self, width: int) -> int:
-        return 4 * width * (width + self.bias)
+        inner = self.heads * channels_of(width, self.heads, self.head_width)
+        return 4 * width * inner + (3 * inner + width) * self.bias
 
     def num_active_params(self, width: int) -> int:
         return self.num_params(width)
 
     def flops_per_token(self, width: int, length: int) -> int:
         """Projections, and scores and mixing over the `length` tokens of the token's sequence."""
-        return 8 * width * width + 4 * length * width
+        inner = self.heads * channels_of(width, self.heads, self.head_width)
+        return 8 * width * inner + 4 * length * inner
 
 
 class SoftmaxAttention(nn.Module):
@@ -43,14 +46,14 @@ class SoftmaxAttention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.positions = config.positions
-        self.qkv = nn.Linear(width, 3 * width, bias=config.bias)
-        self.output = nn.Linear(width, width, bias=config.bias)
+        self.channels = channels_of(width, config.heads, config.head_width)
+        self.qkv = nn.Linear(width, 3 * self.heads * self.channels, bias=config.bias)
+        self.output = nn.Linear(self.heads * self.channels, width, bias=config.bias)
 
     def forward(self, x: Tensor, batch: PackedBatch, tokens: Tokens) -> tuple[Tensor, RoutingStats | None]:
         """`[T, D]` -> `[T, D]`, and no statistics: every head is always on."""
-        length, width = x.shape
-        q, k, v = self.qkv(x).view(length, 3, self.heads, width // self.heads).unbind(1)
+        q, k, v = self.qkv(x).view(len(x), 3, self.heads, self.channels).unbind(1)
         if self.positions is not None:
-            cos, sin = rotary_angles(batch.positions, width // self.heads, self.positions.theta)
+            cos, sin = rotary_angles(batch.positions, self.channels, self.positions.theta)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.output(varlen_attention(q, k, v, batch).reshape(length, width)), None
+        return self.output(varlen_attention(q, k, v, batch).flatten(1)), None
