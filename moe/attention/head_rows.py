@@ -1,7 +1,8 @@
 """Rows of routed heads: one for each kept assignment of a token to a head, and what is computed of rows alone.
 
-Shape legend: T tokens, B sequences, D width, H routed heads, C channels of a head, K heads a token takes at most, R rows
-(sorted by head, then by token, so that a head's rows of one sequence lie together), I inputs, O outputs.
+Shape legend: T tokens, B sequences, H routed heads, C channels of a head, K heads a token takes at most, I inputs,
+O outputs, R rows: sorted by head, then by token, so that a head's rows of one sequence lie together. Where their number
+can't be known without waiting for a GPU there are perhaps more, the last ones owned by nobody.
 """
 
 from typing import NamedTuple
@@ -60,7 +61,7 @@ def gathered_linear(x: Tensor, weight: Tensor, rows: HeadRows) -> Tensor:
         `[R, O]` in the dtype of `x`; rows that nobody owns are undefined.
     """
     weight = weight.to(x.dtype)
-    if x.device.type == "cpu":
+    if _has_operators(x):
         return cpu_gathered_linear(x, weight, rows.tokens, rows.ends)
     return _grouped_linear(x.index_select(0, rows.tokens), weight.transpose(1, 2), rows.ends)
 
@@ -77,10 +78,14 @@ def scattered_linear(mixed: Tensor, weight: Tensor, rows: HeadRows) -> Tensor:
         `[T, O]` in the dtype of `mixed`.
     """
     weight = weight.to(mixed.dtype)
-    if mixed.device.type == "cpu":
+    if _has_operators(mixed):
         return cpu_scattered_linear(mixed, weight, rows.tokens, rows.ends, rows.plan.kept.shape[0])
     projected = _grouped_linear(mixed, weight, rows.ends)
     return combine_rows(projected, torch.ones_like(rows.plan.kept, dtype=mixed.dtype), rows.plan)
+
+
+def _has_operators(x: Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
 def _grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -101,7 +106,7 @@ def row_attention(q: Tensor, k: Tensor, v: Tensor, rows: HeadRows, batch: Packed
     Returns:
         `[R, C]` in the dtype of `q`; zeros in rows that nobody owns.
     """
-    if q.device.type == "cpu":
+    if _has_operators(q):
         return cpu_row_attention(q, k, v, rows.bounds, batch.cu_seqlens)
     kernel = choose_kernel(q.device.type, q.dtype, q.shape[1])
     if kernel == "loop":
@@ -117,10 +122,14 @@ def row_attention(q: Tensor, k: Tensor, v: Tensor, rows: HeadRows, batch: Packed
         bounds = F.pad(starts.reshape(-1), (0, 1), value=heads * count).to(torch.int32)
         k, v = (x.transpose(0, 1).reshape(heads * count, -1) for x in (k, v))
     if kernel == "torch":
-        from torch.nn.attention.varlen import varlen_attn as attend
+        from torch.nn.attention.varlen import varlen_attn
+
+        mixed = varlen_attn(q[:, None], k[:, None], v[:, None], rows.bounds, bounds, longest, longest)
+        assert isinstance(mixed, Tensor)  # a tuple only when extra outputs are asked for
     else:
-        from flash_attn import flash_attn_varlen_func as attend
-    mixed: Tensor = attend(q[:, None], k[:, None], v[:, None], rows.bounds, bounds, longest, longest)
+        from flash_attn import flash_attn_varlen_func
+
+        mixed = flash_attn_varlen_func(q[:, None], k[:, None], v[:, None], rows.bounds, bounds, longest, longest)
     return mixed.squeeze(1).masked_fill(nobodys, 0)
 
 

@@ -4,7 +4,7 @@ H heads, of which the first S are shared and E routed; C channels of a head; A h
 """
 
 from math import sqrt
-from typing import Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -12,21 +12,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.attention.head_rows import HeadRows, gathered_linear, head_rows, row_attention, scattered_linear
+from moe.attention.head_statistics import MeasuredHeadsConfig, head_statistics
 from moe.attention.heads import channels_of, check_heads
 from moe.attention.varlen import varlen_attention
 from moe.batch import PackedBatch
 from moe.positions.rotary import RotaryConfig, rotary_angles, rotate
-from routing import Learned, build_router, route
+from routing import Measured, build_router, route
 from routing.config import (
     Config,
     ExpertChoiceConfig,
     HashConfig,
     LearnedConfig,
+    MeasuredConfig,
     RouterConfig,
     ThresholdConfig,
     TokenChoiceConfig,
 )
 from routing.types import Routing, RoutingStats, Tokens
+
+HeadRouterConfig = Annotated[
+    TokenChoiceConfig | ExpertChoiceConfig | ThresholdConfig | HashConfig | LearnedConfig | MeasuredHeadsConfig,
+    Field(discriminator="kind"),
+]
 
 
 class RoutedHeadsConfig(Config):
@@ -34,14 +41,16 @@ class RoutedHeadsConfig(Config):
 
     What isn't computed follows from the router. Chosen per token: queries and outputs of the heads it didn't choose
     (keys and values are, since any token may be attended to). Per sequence (`scope: sequence`): those heads as a whole.
-    `kind: learned` chooses for all input alike: the other heads as a whole, and `prune_heads` removes them for good.
+    `kind: learned` chooses for all input alike: the other heads as a whole, and `prune_heads` removes them for good. So
+    does `kind: measured` at evaluation; in training it chooses per sequence, by statistics of the scores of all heads.
+    Costs are counted as at evaluation.
     """
 
     kind: Literal["routed_heads"] = "routed_heads"
     heads: int = Field(default=8, ge=1)  # shared and routed ones
     head_width: int | None = Field(default=None, ge=1)  # channels of a head; None: the model's width over the heads
     shared: int = Field(default=2, ge=0)  # heads that are always on
-    router: RouterConfig = TokenChoiceConfig()  # of the others
+    router: HeadRouterConfig = TokenChoiceConfig()  # of the others
     positions: RotaryConfig | None = RotaryConfig()  # None: order isn't seen here
     bias: bool = False  # of the projections, as published models have it
 
@@ -70,18 +79,19 @@ class RoutedHeadsConfig(Config):
         keyed = self.heads if self.chosen_by == "token" else self._active_heads()
         return round(self._params(width, self._active_heads(), keyed))
 
-    def flops_per_token(self, width: int, length: int) -> float:
+    def flops_per_token(self, width: int, length: int) -> int:
         """Projections, scores and mixing of the heads that are computed; the router."""
         channels = channels_of(width, self.heads, self.head_width)
         active = self._active_heads()
         keyed = self.heads if self.chosen_by == "token" else active
         projections = 2 * width * channels * (2 * active + 2 * keyed)
-        return projections + 4 * length * active * channels + self.router.flops_per_token(width, self.routed)
+        heads = projections + 4 * length * active * channels
+        return round(heads) + self.router.flops_per_token(width, self.routed)
 
     @property
     def chosen_by(self) -> Literal["token", "sequence", "all"]:
         """Whose choices they are: a token's own, its sequence's, or the same for all input."""
-        if isinstance(self.router, LearnedConfig):
+        if isinstance(self.router, LearnedConfig | MeasuredConfig):  # at evaluation
             return "all"
         return "sequence" if isinstance(self.router, TokenChoiceConfig) and self.router.scope == "sequence" else "token"
 
@@ -95,18 +105,20 @@ class RoutedHeadsConfig(Config):
         return matrices + biases + self.router.num_params(width, self.routed)
 
 
-def gate_scale(config: RouterConfig, num_choices: int) -> float:
+def gate_scale(config: RouterConfig | MeasuredConfig, num_choices: int) -> float:
     """What a gate is multiplied by so that it is 1 if the router has no opinion (all logits zero).
 
     That is one over the gate that such a router gives: `1 / K` where the gates of the chosen sum to 1, the sigmoid of
     zero where they are plain sigmoids, and `1 / E` where they are plain probabilities.
     """
     match config:
-        case TokenChoiceConfig(renormalize=True) | HashConfig() | LearnedConfig(gates="straight_through"):
+        case TokenChoiceConfig(renormalize=True) | HashConfig():
+            return float(config.top_k)
+        case LearnedConfig(gates="straight_through") | MeasuredConfig(gates="straight_through"):
             return float(config.top_k)
         case TokenChoiceConfig(score="sigmoid"):
             return 2.0
-        case TokenChoiceConfig() | ExpertChoiceConfig() | ThresholdConfig() | LearnedConfig():
+        case TokenChoiceConfig() | ExpertChoiceConfig() | ThresholdConfig() | LearnedConfig() | MeasuredConfig():
             return float(num_choices)
 
 
@@ -121,9 +133,12 @@ class Heads(NamedTuple):
 
     def only(self, heads: slice | Tensor) -> "Heads":
         """A range of them, or those at the indices `[A]` int64."""
-        if isinstance(heads, slice):
-            return Heads(*(None if w is None else w[heads] for w in self))
-        return Heads(*(None if w is None else w.index_select(0, heads) for w in self))
+
+        def part(weight: Tensor) -> Tensor:
+            return weight[heads] if isinstance(heads, slice) else weight.index_select(0, heads)
+
+        biases = (None if bias is None else part(bias) for bias in (self.query_bias, self.key_value_bias))
+        return Heads(part(self.query), part(self.key_value), part(self.output), *biases)
 
     def queries(self, x: Tensor) -> Tensor:
         """`[T, D]` -> `[T, H, C]`."""
@@ -177,19 +192,33 @@ class RoutedHeads(nn.Module):
 
     def forward(self, x: Tensor, batch: PackedBatch, tokens: Tokens) -> tuple[Tensor, RoutingStats]:
         """`[T, D]` -> `[T, D]` and the router's statistics."""
-        routing, stats = route(self.router, x, tokens)
+        place = _place(self.config, batch, self.query.shape[1])
+        seen = self._statistics(x, batch, place) if isinstance(self.router, Measured) else x
+        routing, stats = route(self.router, seen, tokens)
         routing = routing._replace(weights=routing.weights * self.scale)
         kind = x.device.type
         if torch.is_autocast_enabled(kind):  # autocast doesn't know products of rows
             x = x.to(torch.get_autocast_dtype(kind))
-        place = _place(self.config, batch, self.query.shape[1])
-        if isinstance(self.router, Learned):
+        measuring = isinstance(self.router, Measured) and self.training
+        if self.config.chosen_by == "all" and not measuring:
             y = self._same_for_all(x, routing, batch, place)
         else:
             rows = head_rows(routing, batch.cu_seqlens)
             by_token = self.config.chosen_by == "token"
             y = (self._by_token if by_token else self._by_sequence)(x, rows, batch, place)
         return y if self.output_bias is None else y + self.output_bias.to(y.dtype), stats
+
+    @torch.no_grad()
+    def _statistics(self, x: Tensor, batch: PackedBatch, place: "Place | None") -> Tensor:
+        """Of the routed heads' scores, `[T, E]` float32; at evaluation, when none are wanted, zeros."""
+        assert isinstance(self.config.router, MeasuredHeadsConfig)
+        if not self.training:
+            return x.new_zeros(len(x), self.config.routed, dtype=torch.float32)
+        _, heads = self._shared_and_routed()
+        q, (k, _) = heads.queries(x), heads.keys_and_values(x)
+        if place is not None:
+            q, k = rotate(q, *place), rotate(k, *place)
+        return head_statistics(q, k, batch.cu_seqlens, self.config.router.statistic)
 
     def _same_for_all(self, x: Tensor, routing: Routing, batch: PackedBatch, place: "Place | None") -> Tensor:
         """Shared and chosen heads, as if there were no others."""
