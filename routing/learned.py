@@ -43,7 +43,8 @@ class Measured(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(num_choices))
-        self.coefficient = nn.Parameter(torch.zeros(()))  # training finds its sign
+        # Training finds its sign. Of one element, not none: DeepSpeed can't broadcast a parameter without dimensions.
+        self.coefficient = nn.Parameter(torch.zeros(1))
         self.register_buffer("mean_score", torch.zeros(num_choices))
         nn.init.normal_(self.weight, std=INIT_SCALE)
 

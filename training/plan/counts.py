@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from moe.attention.routed_heads import RoutedHeadsConfig
 from moe.config import BlockConfig, DenseConfig, EncoderConfig, ExpertsConfig
 from training.config import RunConfig
 
@@ -25,8 +26,12 @@ class Parameters(NamedTuple):
 def count_parameters(model: EncoderConfig) -> Parameters:
     """Of the encoder and its masked-LM head."""
     width = model.width
-    dense = experts = router = 0
+    attention = dense = experts = router = 0
     for block in model.blocks():
+        heads = block.attention
+        choosing = heads.router.num_params(width, heads.routed) if isinstance(heads, RoutedHeadsConfig) else 0
+        router += choosing
+        attention += heads.num_params(width) - choosing
         ff = block.feed_forward
         if isinstance(ff, DenseConfig):
             dense += ff.num_params(width)
@@ -36,7 +41,7 @@ def count_parameters(model: EncoderConfig) -> Parameters:
         experts += ff.count * expert_params(ff, width)
     return Parameters(
         embeddings=model.vocab_size * width,
-        attention=sum(block.attention.num_params(width) for block in model.blocks()),
+        attention=attention,
         dense=dense,
         experts=experts,
         router=router,
