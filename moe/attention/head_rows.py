@@ -17,7 +17,11 @@ from moe.batch import PackedBatch
 from moe.experts.dispatch import DispatchPlan, combine_rows, plan_rows
 from moe.experts.grouped_linear import loop_grouped_linear, torch_grouped_linear
 from routing.sequences import sequence_of_token
+from routing.sync import readable
 from routing.types import Routing
+
+# Sequences shorter than this on average are gathered, since products of so few rows are slow.
+_SHORT = 64
 
 
 class HeadRows(NamedTuple):
@@ -28,15 +32,17 @@ class HeadRows(NamedTuple):
     gates: Tensor  # [R] float32, differentiable
     ends: Tensor  # [H] int32, where each head's rows end; rows past the last belong to nobody
     bounds: Tensor  # [H*B+1] int32, where the rows of each head begin of each sequence, head by head
+    spans: Tensor  # [N, 4] int64, head, first row, first token and length of whole sequences; [0, 4]: gather
     plan: DispatchPlan
 
 
-def head_rows(routing: Routing, cu_seqlens: Tensor) -> HeadRows:
+def head_rows(routing: Routing, cu_seqlens: Tensor, whole: bool = False) -> HeadRows:
     """The rows of a routing; a dropped assignment has none.
 
     Args:
         routing: of T tokens to H heads.
         cu_seqlens: `[B+1]`.
+        whole: whether all tokens of a sequence take the same heads, and none is dropped.
     """
     plan = plan_rows(routing)
     top_k, sequences = routing.choices.shape[1], cu_seqlens.shape[0] - 1
@@ -46,7 +52,19 @@ def head_rows(routing: Routing, cu_seqlens: Tensor) -> HeadRows:
     counts = torch.zeros(routing.logits.shape[1] * sequences + 1, dtype=torch.int64, device=group.device)
     counts = counts.scatter_add(0, group + 1, routing.kept.reshape(-1).long())
     gates = routing.weights.reshape(-1)[plan.assignments]
-    return HeadRows(tokens, heads, gates, plan.ends, counts.cumsum(0).to(torch.int32), plan)
+    bounds = counts.cumsum(0).to(torch.int32)
+    spans = tokens.new_empty(0, 4)
+    if whole and readable(tokens) and 0 < _SHORT * sequences <= routing.choices.shape[0]:
+        spans = _spans(bounds, cu_seqlens)
+    return HeadRows(tokens, heads, gates, plan.ends, bounds, spans, plan)
+
+
+def _spans(bounds: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Of whole sequences, one after the other: what a sequence's heads read and add to stays in the cache."""
+    lengths = bounds.diff().view(-1, len(cu_seqlens) - 1).t()  # [B, H]
+    sequence, head = lengths.nonzero(as_tuple=True)
+    first_row = bounds[:-1].view(lengths.shape[::-1])[head, sequence]
+    return torch.stack([head, first_row, cu_seqlens[sequence], lengths[sequence, head]], dim=1).long()
 
 
 def gathered_linear(x: Tensor, weight: Tensor, rows: HeadRows) -> Tensor:
@@ -62,7 +80,7 @@ def gathered_linear(x: Tensor, weight: Tensor, rows: HeadRows) -> Tensor:
     """
     weight = weight.to(x.dtype)
     if _has_operators(x):
-        return cpu_gathered_linear(x, weight, rows.tokens, rows.ends)
+        return cpu_gathered_linear(x, weight, rows.tokens, rows.ends, rows.spans)
     return _grouped_linear(x.index_select(0, rows.tokens), weight.transpose(1, 2), rows.ends)
 
 
@@ -79,7 +97,7 @@ def scattered_linear(mixed: Tensor, weight: Tensor, rows: HeadRows) -> Tensor:
     """
     weight = weight.to(mixed.dtype)
     if _has_operators(mixed):
-        return cpu_scattered_linear(mixed, weight, rows.tokens, rows.ends, rows.plan.kept.shape[0])
+        return cpu_scattered_linear(mixed, weight, rows.tokens, rows.ends, rows.spans, rows.plan.kept.shape[0])
     projected = _grouped_linear(mixed, weight, rows.ends)
     return combine_rows(projected, torch.ones_like(rows.plan.kept, dtype=mixed.dtype), rows.plan)
 

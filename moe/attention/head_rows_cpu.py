@@ -17,99 +17,121 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def _slices(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """Of each head's rows."""
+def _pieces(tokens: Tensor, ends: Tensor, spans: Tensor) -> Iterator[tuple[int, slice, slice | Tensor]]:
+    """A head, some of its rows, and their tokens: neighbours where rows are those of whole sequences."""
+    if len(spans):
+        for head, row, token, count in spans.tolist():
+            yield head, slice(row, row + count), slice(token, token + count)
+        return
     for head, (start, end) in enumerate(pairwise([0, *ends.tolist()])):
         for first in range(start, end, _SLICE):
-            yield head, slice(first, min(first + _SLICE, end))
+            part = slice(first, min(first + _SLICE, end))
+            yield head, part, tokens[part]
 
 
-def _sum_of_projected(rows: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor, count: int) -> Tensor:
+def _take(x: Tensor, tokens: slice | Tensor) -> Tensor:
+    return x[tokens] if isinstance(tokens, slice) else x.index_select(0, tokens)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a b`, whose dtype may be narrower."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _sum_of_projected(rows: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor, spans: Tensor, count: int) -> Tensor:
     """`[T, O]`: the sum of a token's rows, each times its head's `[I, O]` matrix; in float32 at least."""
     wide = torch.promote_types(rows.dtype, torch.float32)
     total = rows.new_zeros(count, weight.shape[2], dtype=wide)
-    for head, part in _slices(ends):
-        total.index_add_(0, tokens[part], (rows[part] @ weight[head]).to(wide))
+    for head, part, whose in _pieces(tokens, ends, spans):
+        if isinstance(whose, Tensor):
+            total.index_add_(0, whose, (rows[part] @ weight[head]).to(wide))
+        else:
+            _add_product(total[whose], rows[part], weight[head])
     return total.to(rows.dtype)
 
 
-def _project_gathered(x: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
+def _project_gathered(x: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor, spans: Tensor) -> Tensor:
     """`[R, O]`: each row's token times its head's `[I, O]` matrix; zeros in rows that nobody owns."""
     out = x.new_empty(tokens.shape[0], weight.shape[2])
-    for head, part in _slices(ends):
-        torch.mm(x.index_select(0, tokens[part]), weight[head], out=out[part])
+    for head, part, whose in _pieces(tokens, ends, spans):
+        torch.mm(_take(x, whose), weight[head], out=out[part])
     out[int(ends[-1]) :] = 0
     return out
 
 
-def _gradient_of_weight(rows: Tensor, x: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
+def _gradient_of_weight(rows: Tensor, x: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor, spans: Tensor) -> Tensor:
     """`[H, C, D]`: for each head the sum of its rows' products `rows_r^T x_t`."""
     total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-    for head, part in _slices(ends):
-        total[head] += rows[part].t() @ x.index_select(0, tokens[part])
+    for head, part, whose in _pieces(tokens, ends, spans):
+        _add_product(total[head], rows[part].t(), _take(x, whose))
     return total.to(weight.dtype)
 
 
 @torch.library.custom_op("moe::gathered_linear", mutates_args=())
-def cpu_gathered_linear(x: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
+def cpu_gathered_linear(x: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor, spans: Tensor) -> Tensor:
     """`[R, O]` of `x [T, I]` and `weight [H, O, I]`, of the same dtype; zeros in rows that nobody owns."""
-    return _project_gathered(x, weight.transpose(1, 2), tokens, ends)
+    return _project_gathered(x, weight.transpose(1, 2), tokens, ends, spans)
 
 
 @torch.library.custom_op("moe::gathered_linear_backward", mutates_args=())
 def _gathered_linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor
+    grad: Tensor, x: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor, spans: Tensor
 ) -> tuple[Tensor, Tensor]:
     grad = grad.contiguous()
     return (
-        _sum_of_projected(grad, weight, tokens, ends, len(x)),
-        _gradient_of_weight(grad, x, weight, tokens, ends),
+        _sum_of_projected(grad, weight, tokens, ends, spans, len(x)),
+        _gradient_of_weight(grad, x, weight, tokens, ends, spans),
     )
 
 
 @torch.library.custom_op("moe::scattered_linear", mutates_args=())
-def cpu_scattered_linear(rows: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor, count: int) -> Tensor:
+def cpu_scattered_linear(
+    rows: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor, spans: Tensor, count: int
+) -> Tensor:
     """`[T, O]` of `rows [R, I]` and `weight [H, I, O]`, of the same dtype; T is `count`."""
-    return _sum_of_projected(rows, weight, tokens, ends, count)
+    return _sum_of_projected(rows, weight, tokens, ends, spans, count)
 
 
 @torch.library.custom_op("moe::scattered_linear_backward", mutates_args=())
 def _scattered_linear_backward(
-    grad: Tensor, rows: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor
+    grad: Tensor, rows: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor, spans: Tensor
 ) -> tuple[Tensor, Tensor]:
     grad = grad.contiguous()
     return (
-        _project_gathered(grad, weight.transpose(1, 2), tokens, ends),
-        _gradient_of_weight(rows, grad, weight, tokens, ends),
+        _project_gathered(grad, weight.transpose(1, 2), tokens, ends, spans),
+        _gradient_of_weight(rows, grad, weight, tokens, ends, spans),
     )
 
 
 @cpu_gathered_linear.register_fake
-def _(x: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor, spans: Tensor) -> Tensor:
     return x.new_empty(tokens.shape[0], weight.shape[1])
 
 
 @cpu_scattered_linear.register_fake
-def _(rows: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor, count: int) -> Tensor:
+def _(rows: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor, spans: Tensor, count: int) -> Tensor:
     return rows.new_empty(count, weight.shape[2])
 
 
 @_gathered_linear_backward.register_fake
 @_scattered_linear_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor, spans: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
+    ctx.save_for_backward(*inputs[:5])
 
 
 def _differentiate_gathered(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_gathered_linear_backward(grad, *ctx.saved_tensors), None, None)
+    return (*_gathered_linear_backward(grad, *ctx.saved_tensors), None, None, None)
 
 
 def _differentiate_scattered(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_scattered_linear_backward(grad, *ctx.saved_tensors), None, None, None)
+    return (*_scattered_linear_backward(grad, *ctx.saved_tensors), None, None, None, None)
 
 
 cpu_gathered_linear.register_autograd(_differentiate_gathered, setup_context=_save_inputs)

@@ -203,8 +203,8 @@ class RoutedHeads(nn.Module):
         if self.config.chosen_by == "all" and not measuring:
             y = self._same_for_all(x, routing, batch, place)
         else:
-            rows = head_rows(routing, batch.cu_seqlens)
             by_token = self.config.chosen_by == "token"
+            rows = head_rows(routing, batch.cu_seqlens, whole=not by_token)
             y = (self._by_token if by_token else self._by_sequence)(x, rows, batch, place)
         return y if self.output_bias is None else y + self.output_bias.to(y.dtype), stats
 

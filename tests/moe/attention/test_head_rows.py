@@ -148,6 +148,32 @@ def test_rows_of_whole_sequences_may_bring_their_own_keys() -> None:
         assert_close(torch.autograd.grad(other, inputs, upstream), grads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_sequences_are_read_in_place(dtype: torch.dtype) -> None:
+    lengths = [70, 0, 130, 64]
+    routing, batch = routed("sequence scope", lengths)
+    gathered, spans = (head_rows(routing, batch.cu_seqlens, whole=whole) for whole in (False, True))
+    assert gathered.spans.tolist() == []
+    taken = routing.choices[[0, 70, 200]].sort(dim=1).values.tolist()
+    found = [(head, token, length) for head, _, token, length in spans.spans.tolist()]
+    assert found == [(h, t, n) for row, t, n in zip(taken, (0, 70, 200), (70, 130, 64), strict=True) for h in row]
+    for function, size in ((gathered_linear, len(batch.positions)), (scattered_linear, len(spans.tokens))):
+        inputs = {"x": torch.randn(size, WIDTH, dtype=dtype), "weight": torch.randn(HEADS, CHANNELS, WIDTH)}
+        inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+        expected, found = (function(*inputs.values(), rows) for rows in (gathered, spans))
+        upstream = oracles.random_like(expected)
+        tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.1}
+        assert_close(found, expected, **tolerance)
+        assert_close(
+            oracles.gradients(found, inputs, upstream), oracles.gradients(expected, inputs, upstream), **tolerance
+        )
+
+
+def test_short_sequences_are_gathered() -> None:
+    routing, batch = routed("sequence scope", [3, 100])
+    assert head_rows(routing, batch.cu_seqlens, whole=True).spans.tolist() == []
+
+
 def rows_by_hand(tokens: list[int], ends: list[int], count: int) -> HeadRows:
     """Of tokens that take one head each, or none."""
     kept = torch.zeros(count, 1, dtype=torch.bool)
@@ -194,8 +220,11 @@ def test_operators_keep_torchs_rules(function: str) -> None:
     rows = head_rows(routing, batch.cu_seqlens)
     q = torch.randn(len(rows.tokens), CHANNELS, requires_grad=True)
     operator, arguments = {
-        "gathered": (module.cpu_gathered_linear, (leaves["x"], leaves["up"], rows.tokens, rows.ends)),
-        "scattered": (module.cpu_scattered_linear, (q, leaves["down"], rows.tokens, rows.ends, len(leaves["x"]))),
+        "gathered": (module.cpu_gathered_linear, (leaves["x"], leaves["up"], rows.tokens, rows.ends, rows.spans)),
+        "scattered": (
+            module.cpu_scattered_linear,
+            (q, leaves["down"], rows.tokens, rows.ends, rows.spans, len(leaves["x"])),
+        ),
         "attention": (torch.ops.moe.row_attention, (q, leaves["k"], leaves["v"], rows.bounds, batch.cu_seqlens)),
     }[function]
     torch.library.opcheck(
