@@ -127,7 +127,7 @@ def test_routed_heads_beside_experts_give_two_ranks_the_gradients_of_one_process
     model["block"]["attention"] = heads | {"router": by_token}
     model["overrides"] = [{"layers": [1], "attention": heads | {"router": measured}}]
     config = str(write_config(exact))
-    cuts = {1: ["0,1"], 2: ["1,2,2"]}  # ZeRO stage, accumulation, expert-parallel size
+    cuts = {1: ["0,1"], 2: ["3,2,2"]}  # ZeRO stage, accumulation, expert-parallel size
     for world, chosen in cuts.items():
         (tmp_path / str(world)).mkdir()
         run_ranks(world, "record", config, str(tmp_path / str(world)), *chosen)
