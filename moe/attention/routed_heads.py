@@ -240,7 +240,7 @@ class RoutedHeads(nn.Module):
         if routed.query_bias is not None:
             q = q + routed.query_bias.to(q.dtype)[rows.heads]
         count = self.config.shared
-        y = _finish(_turned(q, place, rows), k[:, count:], v[:, count:], routed.output, rows, batch)
+        y = _finish(_turned(q, _of_rows(place, rows)), k[:, count:], v[:, count:], routed.output, rows, batch)
         if not count:
             return y
         turned = shared.queries(x) if place is None else rotate(shared.queries(x), *place)
@@ -254,7 +254,8 @@ class RoutedHeads(nn.Module):
             bias = torch.cat([routed.query_bias, routed.key_value_bias.flatten(1, 2)], dim=1)
             projected = projected + bias.to(projected.dtype)[rows.heads]
         q, k, v = projected.chunk(3, dim=1)
-        y = _finish(_turned(q, place, rows), _turned(k, place, rows), v, routed.output, rows, batch)
+        angles = _of_rows(place, rows)
+        y = _finish(_turned(q, angles), _turned(k, angles), v, routed.output, rows, batch)
         if not self.config.shared:
             return y
         return y + _always(shared.queries(x), *shared.keys_and_values(x), shared.output, batch, place)
@@ -274,12 +275,13 @@ def _place(config: RoutedHeadsConfig, batch: PackedBatch, channels: int) -> Plac
     return None if config.positions is None else rotary_angles(batch.positions, channels, config.positions.theta)
 
 
-def _turned(x: Tensor, place: Place | None, rows: HeadRows) -> Tensor:
+def _of_rows(place: Place | None, rows: HeadRows) -> Place | None:
+    return None if place is None else (place[0][rows.tokens], place[1][rows.tokens])
+
+
+def _turned(x: Tensor, angles: Place | None) -> Tensor:
     """`[R, C]`, each row by its token's position."""
-    if place is None:
-        return x
-    cos, sin = place
-    return rotate(x[:, None], cos[rows.tokens], sin[rows.tokens]).squeeze(1)
+    return x if angles is None else rotate(x[:, None], *angles).squeeze(1)
 
 
 def _always(q: Tensor, k: Tensor, v: Tensor, output: Tensor, batch: PackedBatch, place: Place | None) -> Tensor:
