@@ -1,5 +1,6 @@
 """moe: the encoder that obeys the router."""
 
+from moe.attention.pruning import prune_heads
 from moe.batch import PackedBatch, pack, pack_lengths, unpack
 from moe.config import EncoderConfig
 from moe.encoder import Encoder, EncoderOutput
@@ -16,6 +17,7 @@ __all__ = [
     "from_pretrained",
     "pack",
     "pack_lengths",
+    "prune_heads",
     "save_pretrained",
     "unpack",
 ]

@@ -11,6 +11,7 @@ from routing.config import (
     HashConfig,
     JitterConfig,
     LearnedConfig,
+    MeasuredConfig,
     RouterConfig,
     RoutingLossConfig,
     SelectionBiasConfig,
@@ -27,7 +28,7 @@ from routing.losses import (
     totals_of,
     z_loss,
 )
-from routing.router import ExpertChoice, Hash, Learned, Router, Threshold, TokenChoice, build_router, route
+from routing.router import ExpertChoice, Hash, Learned, Measured, Router, Threshold, TokenChoice, build_router, route
 from routing.stats import RoutingReport, add_stats, load, max_over_mean, report, summarize
 from routing.types import Routing, RoutingStats, Tokens
 
@@ -44,6 +45,8 @@ __all__ = [
     "JitterConfig",
     "Learned",
     "LearnedConfig",
+    "Measured",
+    "MeasuredConfig",
     "Router",
     "RouterConfig",
     "Routing",

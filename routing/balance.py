@@ -1,8 +1,10 @@
-"""What a router has besides parameters, updated once per optimizer step: selection bias, centre, the noise's step."""
+"""What a router has besides parameters, updated once per optimizer step: selection bias, centre, mean score, the
+noise's step."""
 
 import torch
 from torch import Tensor, nn
 
+from routing.learned import Measured
 from routing.logits import RouterLogits
 from routing.losses import coefficient_at
 from routing.router import TokenChoice
@@ -65,4 +67,8 @@ def updated_buffers(router: nn.Module, stats: RoutingStats, step: int = 0) -> li
         center = logits.center
         sums, tokens = stats.input_sum.to(center.device), stats.tokens.to(center.device)
         updates.append((center, updated_center(center, sums, tokens, coefficient_at(logits.centring.rate, step))))
+    if isinstance(router, Measured):
+        mean, sums, tokens = router.mean_score, stats.input_sum, stats.tokens
+        rate = coefficient_at(router.config.rate, step)
+        updates.append((mean, updated_center(mean, sums.to(mean.device), tokens.to(mean.device), rate)))
     return updates

@@ -345,6 +345,41 @@ class LearnedConfig(Config):
         return 0
 
 
+class MeasuredConfig(Config):
+    """A learned weight per choice, plus a learned multiple of what its consumer measures of that choice.
+
+    Choices are a sequence's in training, and the same for all input at evaluation (`routing.learned.Measured`). A
+    consumer that can measure something names it in a config derived from this one. `gates` are as in `LearnedConfig`.
+    """
+
+    kind: Literal["measured"] = "measured"
+    top_k: int = Field(default=2, ge=1)
+    gates: Literal["straight_through", "softmax"] = "straight_through"
+    rate: Rate = 0.1  # how far the mean of what is measured moves to that of the last step
+    losses: RoutingLossConfig = RoutingLossConfig(balance=0.0)  # which choices are to stay is what it is to find out
+
+    @model_validator(mode="after")
+    def _few_choices_per_sequence(self) -> "MeasuredConfig":
+        if self.losses.sequence_balance != 0:
+            raise ValueError(
+                "a sequence gets few choices, and losses.sequence_balance forbids it that; remove the loss"
+            )
+        return self
+
+    def check(self, num_choices: int) -> None:
+        """Raise ValueError if this router can't serve `num_choices`."""
+        _check_top_k("top_k", self.top_k, num_choices)
+
+    def mean_choices(self, num_choices: int) -> int:
+        return self.top_k
+
+    def num_params(self, width: int, num_choices: int) -> int:
+        return num_choices + 1
+
+    def flops_per_token(self, width: int, num_choices: int) -> int:
+        return 0
+
+
 RouterConfig = Annotated[
     TokenChoiceConfig | ExpertChoiceConfig | ThresholdConfig | HashConfig | LearnedConfig,
     Field(discriminator="kind"),

@@ -13,13 +13,15 @@ from routing.config import (
     ExpertChoiceConfig,
     HashConfig,
     LearnedConfig,
+    MeasuredConfig,
     RouterConfig,
     ThresholdConfig,
     TokenChoiceConfig,
 )
-from routing.logits import INIT_SCALE, RouterLogits
+from routing.learned import Learned, Measured
+from routing.logits import RouterLogits
 from routing.selection import best_within_sequences, limit_to_groups, top_k
-from routing.sequences import sequence_means, sequence_of_token
+from routing.sequences import for_tokens, sequence_means, sequence_of_token
 from routing.stats import summarize
 from routing.sync import readable
 from routing.types import Routing, RoutingStats, Tokens
@@ -52,7 +54,7 @@ class TokenChoice(nn.Module):
         # Chosen once per sequence and handed to its tokens; then counts are of tokens, as everywhere.
         routing = self._route(sequence_means(x, tokens.cu_seqlens), tokens)
         sequence = sequence_of_token(tokens.cu_seqlens, x.shape[0])
-        return _for_tokens(routing, sequence)
+        return for_tokens(routing, sequence)
 
     def _route(self, x: Tensor, tokens: Tokens) -> Routing:
         """Rows of `x` are tokens or sequences, as the scope has it."""
@@ -175,45 +177,14 @@ class Hash(nn.Module):
         return Routing(logits, logits.softmax(-1), choices, weights, kept, choices.numel())
 
 
-class Learned(nn.Module):
-    """One learned weight per choice, whatever the input; all tokens take the same choices.
-
-    With `straight_through` the gates are `1 / top_k` forward and the softmax weights backward, so that a choice's
-    weight learns from what the choice contributed.
-    """
-
-    def __init__(self, config: LearnedConfig, width: int, num_choices: int) -> None:
-        super().__init__()
-        self.config = config
-        self.weight = nn.Parameter(torch.empty(num_choices))
-        nn.init.normal_(self.weight, std=INIT_SCALE)
-
-    def forward(self, x: Tensor, tokens: Tokens) -> Routing:
-        """`[T, D]` (its values don't matter) -> Routing with K = `top_k`."""
-        with torch.autocast(x.device.type, enabled=False):
-            logits = self.weight.float()[None]
-            probs = logits.softmax(-1)
-            choices = top_k(probs.detach(), self.config.top_k)
-            weights = probs.gather(1, choices)
-            if self.config.gates == "straight_through":
-                weights = 1 / self.config.top_k + (weights - weights.detach())
-            kept = torch.ones_like(choices, dtype=torch.bool)
-
-            def shared(row: Tensor) -> Tensor:
-                return row.expand(x.shape[0], -1)  # no copies
-
-            most_kept = x.shape[0] * self.config.top_k
-            return Routing(shared(logits), shared(probs), shared(choices), shared(weights), shared(kept), most_kept)
+Router = TokenChoice | ExpertChoice | Threshold | Hash | Learned | Measured
 
 
-Router = TokenChoice | ExpertChoice | Threshold | Hash | Learned
-
-
-def build_router(config: RouterConfig, width: int, num_choices: int) -> Router:
+def build_router(config: RouterConfig | MeasuredConfig, width: int, num_choices: int) -> Router:
     """The router that a config names.
 
     Args:
-        config: any kind of `RouterConfig`.
+        config: any kind of `RouterConfig`, or of what its consumer measures.
         width: D.
         num_choices: E.
 
@@ -232,6 +203,8 @@ def build_router(config: RouterConfig, width: int, num_choices: int) -> Router:
             return Hash(config, width, num_choices)
         case LearnedConfig():
             return Learned(config, width, num_choices)
+        case MeasuredConfig():
+            return Measured(config, width, num_choices)
 
 
 def route(router: Router, x: Tensor, tokens: Tokens) -> tuple[Routing, RoutingStats]:
@@ -239,21 +212,14 @@ def route(router: Router, x: Tensor, tokens: Tokens) -> tuple[Routing, RoutingSt
 
     Args:
         router: of any kind.
-        x: `[T, D]`, any floating dtype.
+        x: `[T, D]`, any floating dtype; `[T, E]` for one that routes by what is measured of its choices.
         tokens: the same T tokens.
     """
     routing = router(x, tokens)
     in_sequence = router.config.losses.sequence_balance != 0
     logits = getattr(router, "logits", None)
-    centred = isinstance(logits, RouterLogits) and logits.center is not None
+    centred = isinstance(router, Measured) or (isinstance(logits, RouterLogits) and logits.center is not None)
     return routing, summarize(routing, tokens.cu_seqlens if in_sequence else None, x if centred else None)
-
-
-def _for_tokens(routing: Routing, row: Tensor) -> Routing:
-    """Hand decisions made for fewer rows to tokens: `row [T]` says whose each token follows."""
-    logits, probs, choices, weights, kept, _ = routing
-    most_kept = row.numel() * choices.shape[1]
-    return Routing(logits[row], probs[row], choices[row], weights[row], kept[row], most_kept)
 
 
 def _mix(ids: Tensor) -> Tensor:

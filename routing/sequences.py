@@ -1,7 +1,9 @@
-"""Reductions within packed sequences. Shape legend in `routing/types.py`."""
+"""Reductions within packed sequences, and back to their tokens. Shape legend in `routing/types.py`."""
 
 import torch
 from torch import Tensor
+
+from routing.types import Routing
 
 
 def sequence_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -22,3 +24,10 @@ def sequence_means(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Mean of `[T, C]` within each sequence, in float32: `[B, C]`, zero for an empty one."""
     lengths = cu_seqlens.diff().clamp(min=1)
     return sequence_sums(x.float(), cu_seqlens) / lengths[:, None]
+
+
+def for_tokens(routing: Routing, row: Tensor) -> Routing:
+    """Hand decisions made for fewer rows to tokens: `row [T]` says whose each token follows."""
+    logits, probs, choices, weights, kept, _ = routing
+    most_kept = row.numel() * choices.shape[1]
+    return Routing(logits[row], probs[row], choices[row], weights[row], kept[row], most_kept)

@@ -17,12 +17,14 @@ from moe.attention.linear import LinearAttention, LinearAttentionConfig
 from moe.attention.linformer import LinformerAttention, LinformerConfig
 from moe.attention.mixed import MixedAttention, MixedAttentionConfig
 from moe.attention.nystrom import NystromAttention, NystromConfig
+from moe.attention.routed_heads import RoutedHeads, RoutedHeadsConfig
 from moe.attention.softmax import SoftmaxAttention, SoftmaxAttentionConfig
 from moe.batch import PackedBatch
 from routing.types import RoutingStats, Tokens
 
 AttentionConfig = Annotated[
     SoftmaxAttentionConfig
+    | RoutedHeadsConfig
     | LinearAttentionConfig
     | LinformerConfig
     | NystromConfig
@@ -45,6 +47,8 @@ def build_attention(config: AttentionConfig, width: int) -> nn.Module:
     match config:
         case SoftmaxAttentionConfig():
             return SoftmaxAttention(config, width)
+        case RoutedHeadsConfig():
+            return RoutedHeads(config, width)
         case LinearAttentionConfig():
             return LinearAttention(config, width)
         case LinformerConfig():

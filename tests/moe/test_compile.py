@@ -12,7 +12,7 @@ from moe.batch import PackedBatch, pack_lengths, to_device
 from moe.config import EncoderConfig
 from moe.encoder import Encoder, EncoderOutput
 from tests.oracles import differentiable, random_like
-from tests.routing.routers import with_losses, with_opinions
+from tests.routing.routers import ROUTERS, with_losses, with_opinions
 
 # Of every kind what differs in code, with all the noise there is.
 NAMES = [
@@ -99,6 +99,28 @@ def test_training_is_one_graph_for_batches_of_any_shape() -> None:
         ids, batch = packed(lengths)
         for tensor in (ids, *batch):
             if i == 0 and isinstance(tensor, Tensor):  # otherwise the first graph is for its very shapes
+                torch._dynamo.mark_dynamic(tensor, 0)
+        assert_same(fast, encoder, encoder, ids, batch=batch)
+    assert counter.frame_count == 1
+
+
+def test_routed_heads_are_in_the_graph() -> None:
+    chosen = ("softmax, renormalized", "sequence scope")
+    overrides = [
+        {
+            "layers": [layer],
+            "attention": {"kind": "routed_heads", "heads": 10, "head_width": 4, "router": ROUTERS[name]},
+        }
+        for layer, name in enumerate(chosen)
+    ]
+    encoder = Encoder(EncoderConfig(vocab_size=30, width=8, depth=len(chosen), overrides=overrides))
+    for router in encoder.routers().values():
+        with_opinions(router)
+    fast, counter = compiled(encoder)
+    for i, lengths in enumerate(LENGTHS[:2]):
+        ids, batch = packed(lengths)
+        for tensor in (ids, *batch):
+            if i == 0 and isinstance(tensor, Tensor):
                 torch._dynamo.mark_dynamic(tensor, 0)
         assert_same(fast, encoder, encoder, ids, batch=batch)
     assert counter.frame_count == 1

@@ -88,6 +88,33 @@ def test_under_every_router_two_ranks_give_the_gradients_of_one_process(
         assert_same(*(tmp_path / str(world) / f"{number}.safetensors" for world in (2, 1)))
 
 
+def test_routed_heads_beside_experts_give_two_ranks_the_gradients_of_one_process(
+    exact: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
+) -> None:
+    exact["objective"] = {"routing_totals": "step"}
+    model = exact["model"]
+    by_token = {"kind": "token_choice", "selection_bias": {"rate": 0.1}, "centring": {"rate": 0.5}}
+    by_token["noise"] = {"kind": "jitter", "amount": 0.5}
+    measured = {"kind": "measured", "rate": 0.5, "losses": {"balance": 0.1}}
+    heads = {"kind": "routed_heads", "heads": 4, "shared": 1}
+    model["block"]["attention"] = heads | {"router": by_token}
+    model["overrides"] = [{"layers": [1], "attention": heads | {"router": measured}}]
+    config = str(write_config(exact))
+    cuts = {1: ["0,1"], 2: ["3,2,2"]}  # ZeRO stage, accumulation, expert-parallel size
+    for world, chosen in cuts.items():
+        (tmp_path / str(world)).mkdir()
+        run_on(world, record, config, str(tmp_path / str(world)), *chosen)
+    one = tmp_path / "1" / "0,1.safetensors"
+    for variant in cuts[2]:
+        assert_same(tmp_path / "2" / f"{variant}.safetensors", one)
+    found = load_file(one)
+    routers = [f"encoder.blocks.{layer}.attention.router" for layer in (0, 1)]
+    for buffer in (f"{routers[0]}.selection_bias", f"{routers[0]}.logits.center", f"{routers[1]}.mean_score"):
+        assert found[f"parameter {buffer}"].any(), buffer  # updated, and among what a checkpoint holds
+    assert found[f"gradient {routers[1]}.coefficient"] != 0
+    assert {"load 0.heads", "load 1.heads", "load 0.experts"} <= found.keys()
+
+
 def run_on(world: int, function: Callable[..., None], *arguments: str) -> None:
     """On real ranks, a single one being this process."""
     function(*arguments) if world == 1 else run_ranks(world, function.__name__, *arguments)

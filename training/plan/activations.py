@@ -118,10 +118,10 @@ def _norm(s: Setting) -> float:
 
 def _attention(config: AttentionConfig, s: Setting) -> Part:
     known = isinstance(config, SoftmaxAttentionConfig) and isinstance(config.positions, RotaryConfig)
-    if not known or config.bias:
+    if not known or config.bias or config.head_width:
         raise UserError(
             f"what attention of kind {config.kind} keeps in memory isn't known here; plan with kind: softmax, without "
-            "biases and with rotary positions"
+            "biases or head_width and with rotary positions"
         )
     float_core = s.half and not s.cuda  # on a CPU the core is float32: query, key and value are copied
     core = 3 * FLOAT if float_core else 5 * s.size  # rotated query and key, and all three through the value's view

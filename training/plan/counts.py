@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from moe.attention.routed_heads import RoutedHeadsConfig
 from moe.config import BlockConfig, DenseConfig, EncoderConfig, ExpertsConfig, GroupedDenseConfig, MemoryConfig
 from moe.experts.experts import Experts
 from moe.heads import MaskedLM
@@ -34,8 +35,12 @@ def count_parameters(model: EncoderConfig) -> Parameters:
         UserError: for a kind of feed-forward that plans don't know.
     """
     width = model.width
-    dense = experts = router = 0
+    attention = dense = experts = router = 0
     for block in model.blocks():
+        heads = block.attention
+        choosing = heads.router.num_params(width, heads.routed) if isinstance(heads, RoutedHeadsConfig) else 0
+        router += choosing
+        attention += heads.num_params(width) - choosing
         ff = block.feed_forward
         if isinstance(ff, MemoryConfig):
             raise UserError(
@@ -49,7 +54,7 @@ def count_parameters(model: EncoderConfig) -> Parameters:
         experts += ff.count * expert_params(ff, width)
     return Parameters(
         embeddings=model.vocab_size * width + (model.positions.num_params(width) if model.positions else 0),
-        attention=sum(block.attention.num_params(width) for block in model.blocks()),
+        attention=attention,
         dense=dense,
         experts=experts,
         router=router,

@@ -30,8 +30,8 @@ def built(config: dict[str, Any]) -> nn.Module:
     """Evaluating, and with weights that matter: fresh ones are small, and biases zero."""
     torch.manual_seed(0)
     layer = build_attention(parsed(config), WIDTH).eval()
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.5)
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        nn.init.normal_(tensor, std=0.5)
     return layer
 
 

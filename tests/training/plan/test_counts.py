@@ -36,6 +36,14 @@ def test_parameters_literal() -> None:
     assert active_parameters(run.model) == count_parameters(run.model).total - 2 * 2 * 8 * 3
 
 
+def test_routers_of_heads_are_counted_with_those_of_experts() -> None:
+    heads = {"kind": "routed_heads", "heads": 4, "shared": 1}
+    run = small_run(model__width=8, model__depth=1, model__block__attention=heads, **experts(4, 2, 3))
+    found = count_parameters(run.model)
+    assert (found.attention, found.router) == (4 * 8 * 8, 3 * 8 + 4 * 8)
+    assert active_parameters(run.model) == found.total - 2 * 2 * 8 * 3 - 2 * 2 * 8  # of one head queries and outputs
+
+
 @pytest.mark.parametrize(
     "changes",
     [
