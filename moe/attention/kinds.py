@@ -6,12 +6,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from moe.attention.linear import LinearAttention, LinearAttentionConfig
+from moe.attention.local import LocalAttention, LocalAttentionConfig
 from moe.attention.softmax import SoftmaxAttention, SoftmaxAttentionConfig
 from moe.batch import PackedBatch
 from routing.types import RoutingStats, Tokens
 
 AttentionConfig = Annotated[
-    SoftmaxAttentionConfig | LinearAttentionConfig,
+    SoftmaxAttentionConfig | LinearAttentionConfig | LocalAttentionConfig,
     Field(discriminator="kind"),
 ]
 
@@ -29,3 +30,5 @@ def build_attention(config: AttentionConfig, width: int) -> nn.Module:
             return SoftmaxAttention(config, width)
         case LinearAttentionConfig():
             return LinearAttention(config, width)
+        case LocalAttentionConfig():
+            return LocalAttention(config, width)

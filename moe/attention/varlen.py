@@ -4,14 +4,23 @@ Shape legend: T tokens, B sequences, H heads, C channels of a head, S tokens of 
 """
 
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moe.attention.varlen_cpu import cpu_varlen_attention
-from moe.batch import PackedBatch
+
+
+class Spans(Protocol):
+    """Where sequences lie in a packed tensor; a `PackedBatch` says it."""
+
+    @property
+    def cu_seqlens(self) -> Tensor: ...  # [B+1] int32
+    @property
+    def max_seqlen(self) -> int: ...
+
 
 Kernel = Literal["cpu", "torch", "flash_attn", "loop"]
 
@@ -20,32 +29,34 @@ _TORCH_FLASH = torch.backends.cuda.is_flash_attention_available()
 _FLASH_ATTN = find_spec("flash_attn") is not None
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
-    """Bidirectional `softmax(q k^T / sqrt(C)) v` of each sequence over its own tokens.
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans | None = None) -> Tensor:
+    """Bidirectional `softmax(q k^T / sqrt(C)) v` of each sequence.
 
     Args:
-        q, k, v: `[T, H, C]`, same dtype.
-        batch: where the sequences lie.
+        q, k, v: `[T, H, C]`, same dtype; `k` and `v` may have another length, for which `keys` is given.
+        queries: where the sequences' queries lie.
+        keys: where their keys and values lie; default: where the queries do, so that a sequence attends to itself.
 
     Returns:
         `[T, H, C]`, in the dtype of `q`.
     """
+    keys = queries if keys is None else keys
     kernel = choose_kernel(q.device.type, q.dtype, q.shape[2])
-    cu, longest = batch.cu_seqlens, batch.max_seqlen
+    cu_q, cu_k, longest_q, longest_k = queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen
     if kernel == "cpu":
-        return cpu_varlen_attention(q, k, v, cu)
+        return cpu_varlen_attention(q, k, v, cu_q, cu_k)
     if kernel == "torch":
         from torch.nn.attention.varlen import varlen_attn
 
-        out = varlen_attn(q, k, v, cu, cu, longest, longest)
+        out = varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k)
         assert isinstance(out, Tensor)  # a tuple only when extra outputs are asked for
         return out
     if kernel == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 
-        mixed: Tensor = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest)
+        mixed: Tensor = flash_attn_varlen_func(q, k, v, cu_q, cu_k, longest_q, longest_k)
         return mixed
-    return _one_by_one(q, k, v, cu)
+    return _one_by_one(q, k, v, cu_q, cu_k)
 
 
 def choose_kernel(device: str, dtype: torch.dtype, channels: int) -> Kernel:
@@ -65,11 +76,12 @@ def choose_kernel(device: str, dtype: torch.dtype, channels: int) -> Kernel:
     return "loop"
 
 
-def _one_by_one(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    lengths = cu_seqlens.diff().tolist() or [0]  # no sequence: one without tokens keeps the graph whole
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> Tensor:
+    queries = cu_q.diff().tolist() or [0]  # no sequence: one without tokens keeps the graph whole
+    keys = cu_k.diff().tolist() or [0]
     with torch.autocast(q.device.type, enabled=False):
         # split and cat, not slices: their backward writes every gradient once instead of adding padded copies.
-        parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+        parts = zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
         return torch.cat([_one_sequence(*part) for part in parts])
 
 

@@ -9,4 +9,20 @@ KINDS: dict[str, dict[str, Any]] = {
     "softmax without positions, with biases": {"kind": "softmax", "heads": 4, "positions": None, "bias": True},
     "linear": {"kind": "linear", "heads": 4},
     "linear with biases": {"kind": "linear", "heads": 4, "bias": True},
+    "local": {"kind": "local", "heads": 2, "window": 4},
+    "local without positions, with biases": {
+        "kind": "local",
+        "heads": 4,
+        "window": 6,
+        "positions": None,
+        "bias": True,
+    },
+    "local, global tokens": {"kind": "local", "heads": 2, "window": 4, "global_tokens": {"count": 2}},
+    "local, global tokens with own projections": {
+        "kind": "local",
+        "heads": 2,
+        "window": 4,
+        "global_tokens": {"count": 1, "projections": "own"},
+        "bias": True,
+    },
 }

@@ -39,6 +39,27 @@ def test_values_and_gradients_match_the_oracle(lengths: list[int], kernel: str) 
     assert_close(oracles.gradients(fast, inputs, upstream), oracles.gradients(slow, inputs, upstream))
 
 
+@pytest.mark.parametrize(("queries", "keys"), [([3], [5]), ([4, 0, 2, 1], [1, 3, 0, 2])], ids=str)
+def test_queries_and_keys_of_different_lengths(queries: list[int], keys: list[int], kernel: str) -> None:
+    inputs = {name: torch.randn(sum(queries if name == "q" else keys), 2, 4, requires_grad=True) for name in "qkv"}
+    fast = varlen_attention(*inputs.values(), pack_lengths(queries), pack_lengths(keys))
+    parts = zip(inputs["q"].split(queries), inputs["k"].split(keys), inputs["v"].split(keys), strict=True)
+    slow = torch.cat([one_by_one(*part) for part in parts])
+    upstream = oracles.random_like(fast)
+    assert_close(fast, slow)
+    assert_close(oracles.gradients(fast, inputs, upstream), oracles.gradients(slow, inputs, upstream))
+
+
+def one_by_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Query by query, head by head; zero where there is no key to attend to."""
+    out = [
+        oracles.softmax(k[:, h] @ q[t, h] / 2) @ v[:, h] if len(k) else 0 * q[t, h]
+        for t in range(len(q))
+        for h in range(2)
+    ]
+    return torch.stack(out).view_as(q) if out else q
+
+
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]], ids=str)
 def test_no_tokens_give_no_tokens(lengths: list[int], kernel: str) -> None:
     inputs = qkv(lengths)
@@ -121,7 +142,8 @@ def test_autocast_leaves_float32_alone() -> None:
 
 @pytest.mark.parametrize("lengths", [LENGTHS, []], ids=str)
 def test_the_operator_keeps_torchs_contract(lengths: list[int]) -> None:
-    torch.library.opcheck(varlen_cpu._attention, (*qkv(lengths).values(), pack_lengths(lengths).cu_seqlens))
+    cu_seqlens = pack_lengths(lengths).cu_seqlens
+    torch.library.opcheck(varlen_cpu._attention, (*qkv(lengths).values(), cu_seqlens, cu_seqlens))
 
 
 @pytest.mark.parametrize(
