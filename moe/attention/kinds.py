@@ -5,6 +5,7 @@ from typing import Annotated, Protocol
 from pydantic import Field
 from torch import Tensor, nn
 
+from moe.attention.adaptive_resolution import AdaptiveResolution, AdaptiveResolutionConfig
 from moe.attention.linear import LinearAttention, LinearAttentionConfig
 from moe.attention.local import LocalAttention, LocalAttentionConfig
 from moe.attention.softmax import SoftmaxAttention, SoftmaxAttentionConfig
@@ -12,7 +13,7 @@ from moe.batch import PackedBatch
 from routing.types import RoutingStats, Tokens
 
 AttentionConfig = Annotated[
-    SoftmaxAttentionConfig | LinearAttentionConfig | LocalAttentionConfig,
+    SoftmaxAttentionConfig | LinearAttentionConfig | LocalAttentionConfig | AdaptiveResolutionConfig,
     Field(discriminator="kind"),
 ]
 
@@ -32,3 +33,5 @@ def build_attention(config: AttentionConfig, width: int) -> nn.Module:
             return LinearAttention(config, width)
         case LocalAttentionConfig():
             return LocalAttention(config, width)
+        case AdaptiveResolutionConfig():
+            return AdaptiveResolution(config, width)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from moe.attention.heads import check_heads
 from moe.attention.varlen import varlen_attention
-from moe.attention.window import window_attention
+from moe.attention.window import pairs_in_window, window_attention
 from moe.batch import PackedBatch
 from moe.positions.rotary import RotaryConfig, rotary_angles, rotate
 from routing.config import Config
@@ -57,12 +57,6 @@ class LocalAttentionConfig(Config):
 
     def _own_projections(self) -> bool:
         return self.global_tokens is not None and self.global_tokens.projections == "own"
-
-
-def pairs_in_window(length: int, reach: int) -> int:
-    """How many (i, j) of `length` tokens have `|i - j| <= reach`."""
-    reach = min(reach, max(length - 1, 0))
-    return length * (2 * reach + 1) - reach * (reach + 1)
 
 
 class LocalAttention(nn.Module):

@@ -50,6 +50,12 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, reach:
     return _on_grid(q, k, v, batch, reach, leading)
 
 
+def pairs_in_window(length: int, reach: int) -> int:
+    """How many (i, j) of `length` tokens have `|i - j| <= reach`."""
+    reach = min(reach, max(length - 1, 0))
+    return length * (2 * reach + 1) - reach * (reach + 1)
+
+
 @cache
 def _torch_knows_windows() -> bool:
     """torch 2.10 has the varlen kernel, but not its window."""

@@ -25,4 +25,28 @@ KINDS: dict[str, dict[str, Any]] = {
         "global_tokens": {"count": 1, "projections": "own"},
         "bias": True,
     },
+    "adaptive resolution": {
+        "kind": "adaptive_resolution",
+        "heads": 4,
+        "split": {"coarse_heads": {0: 1, 4: 2, 10: 3}},
+        "window": 4,
+        "pool_size": 2,
+        "max_pools": 3,
+    },
+    "adaptive resolution, routed": {
+        "kind": "adaptive_resolution",
+        "heads": 2,
+        "split": {"kind": "routed", "coarse_heads": [0, 2, 1]},
+        "window": 2,
+        "max_pools": 4,
+        "bias": True,
+    },
+    "adaptive resolution, routed, without positions": {
+        "kind": "adaptive_resolution",
+        "heads": 4,
+        "split": {"kind": "routed", "coarse_heads": [1, 3], "router": {"score": "sigmoid"}},
+        "window": 4,
+        "pool_size": 3,
+        "positions": None,
+    },
 }
