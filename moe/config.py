@@ -95,7 +95,7 @@ class EncoderConfig(Config):
         )
         return self._embeddings_and_norms() + blocks
 
-    def flops_per_token(self, length: int) -> int:
+    def flops_per_token(self, length: int) -> float:
         """Forward FLOPs of one token in a sequence of `length` tokens; the embedding look-up costs none."""
         return sum(
             b.attention.flops_per_token(self.width, length) + b.feed_forward.flops_per_token(self.width)

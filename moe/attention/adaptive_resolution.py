@@ -23,11 +23,14 @@ from routing.sequences import sequence_means
 from routing.types import RoutingStats, Tokens
 
 
+_Count = Annotated[int, Field(ge=0)]
+
+
 class LengthSplit(Config):
     """A sequence's length says how many of its heads are coarse: keys are the lengths from which on it is so many."""
 
     kind: Literal["by_length"] = "by_length"
-    coarse_heads: dict[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = {0: 1, 512: 2, 2048: 3}
+    coarse_heads: dict[_Count, _Count] = Field(default={0: 1, 512: 2, 2048: 3})
 
     @model_validator(mode="after")
     def _holds_for_every_length(self) -> "LengthSplit":
@@ -49,14 +52,15 @@ class RoutedSplit(Config):
     """A router chooses, for each sequence, how many of its heads are coarse: one of the numbers given."""
 
     kind: Literal["routed"] = "routed"
-    coarse_heads: tuple[Annotated[int, Field(ge=0)], ...] = (1, 3)
+    coarse_heads: tuple[_Count, ...] = (1, 3)
     router: TokenChoiceConfig = TokenChoiceConfig(top_k=1, scope="sequence", renormalize=False)
 
     @model_validator(mode="after")
     def _one_of_several(self) -> "RoutedSplit":
         if len(set(self.coarse_heads)) < max(2, len(self.coarse_heads)):
             raise ValueError(
-                f"coarse_heads is {list(self.coarse_heads)}: a router needs two or more different numbers to choose from"
+                f"coarse_heads is {list(self.coarse_heads)}, but a router needs two or more different numbers to "
+                "choose from"
             )
         if self.router.scope != "sequence" or self.router.top_k != 1:
             raise ValueError(

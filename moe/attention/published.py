@@ -1,7 +1,7 @@
 """Published layers' weights under our names: pure functions of a state dict, for fine-tuning.
 
-Each takes the tensors of a transformers model and the prefix of one of its layers, and returns what the attention of ours
-loads with `load_state_dict`. Nothing is copied that needn't be.
+Each takes the tensors of a transformers model and the prefix of one of its layers, and returns what our attention loads
+with `load_state_dict`. Nothing is copied that needn't be.
 """
 
 from collections.abc import Mapping

@@ -92,8 +92,8 @@ def _on_grid(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, reach: int, le
         q, k, v = grid(q), grid(k), grid(v)
         seen = torch.cat([lead, windows], dim=3).flatten(0, 1)[:, None]
         parts = (q.unflatten(2, (blocks, block)), around(k), around(v))
-        by_block = (x.transpose(1, 2).flatten(0, 1) for x in parts)  # [B * blocks, H, ...]
-        out = F.scaled_dot_product_attention(*by_block, attn_mask=seen)
+        own_q, own_k, own_v = (x.transpose(1, 2).flatten(0, 1) for x in parts)  # [B * blocks, H, ...]
+        out = F.scaled_dot_product_attention(own_q, own_k, own_v, attn_mask=seen)
         out = out.unflatten(0, (sequences, blocks)).transpose(1, 2).flatten(2, 3)
         if leading:
             all_real = (at < lengths.clamp(min=1))[:, None, None]

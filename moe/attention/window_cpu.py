@@ -1,9 +1,9 @@
-"""Window attention on a CPU: torch's kernel on blocks of queries, each against the keys around it, behind one operator.
+"""Window attention on a CPU: torch's kernel on blocks of queries and the keys around each, behind one operator.
 
-What a token doesn't see is cut into tiles, so neither time nor memory grows with more than the sequence's length: blocks
-of queries are one batch of the kernel, their overlapping keys are views. Where a query's keys lie in two tiles (its window,
-and the global tokens), the tiles' outputs are merged by their softmax denominators; with the merged output and denominator
-the kernel's backward gives each tile's exact share of the gradients (FlashAttention, arXiv 2205.14135, appendix B.2).
+What a token sees is cut into tiles, so neither time nor memory grows faster than a sequence's length: blocks of queries
+are a batch of the kernel's, and their overlapping keys are views. Where a query's keys lie in two tiles (its window, and
+the leading tokens), their outputs are merged by their softmax denominators; with the merged output and denominator the
+kernel's backward gives each tile's exact share of the gradients (FlashAttention, arXiv 2205.14135, appendix B.2).
 
 Shape legend in `moe/attention/varlen.py`.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-_MIN_BLOCK = 32  # queries: fewer leave the products too thin
+_BLOCK = 32  # queries: torch's kernel takes so many at a time, and more only see keys in vain
 _MOST_QUERIES = 1024  # of one call: what the backward holds of keys' gradients, block by block, stays in the cache
 
 
@@ -35,18 +35,19 @@ class Tile(NamedTuple):
 
 def window_tiles(start: int, end: int, reach: int) -> Iterator[Tile]:
     """All pairs of tokens `start` to `end` that are at most `reach` apart, each in one tile."""
-    length, block = end - start, max(reach, _MIN_BLOCK)
-    if length <= block + reach:
+    length, edge = end - start, max(reach, _BLOCK)
+    if length <= edge + reach:
         if length:
             yield Tile(start, start, length, length, banded=length > reach + 1)
         return
-    inner = (length - reach) // block - 1  # blocks with `reach` tokens on either side
-    yield Tile(start, start, block, block + reach, banded=True)
-    at_once = max(1, _MOST_QUERIES // block)
-    for first in range(1, inner + 1, at_once):
-        query = start + first * block
-        yield Tile(query, query - reach, block, block + 2 * reach, min(at_once, inner + 1 - first), banded=True)
-    query = start + (inner + 1) * block
+    yield Tile(start, start, edge, edge + reach, banded=True)
+    inner = (length - reach - edge) // _BLOCK  # blocks with `reach` tokens on either side
+    at_once = max(1, _MOST_QUERIES // _BLOCK)
+    for first in range(0, inner, at_once):
+        query = start + edge + first * _BLOCK
+        blocks = min(at_once, inner - first)
+        yield Tile(query, query - reach, _BLOCK, _BLOCK + 2 * reach, blocks, banded=True)
+    query = start + edge + inner * _BLOCK
     yield Tile(query, query - reach, end - query, end - query + reach, banded=True)
 
 
@@ -59,9 +60,7 @@ def cpu_window_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, re
 
 
 @torch.library.custom_op("moe::cpu_window_attention", mutates_args=())
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, reach: int, leading: int
-) -> tuple[Tensor, Tensor]:
+def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, reach: int, leading: int) -> tuple[Tensor, Tensor]:
     """`[T, H, C]`, and the logarithm of the softmax's denominators `[H, T]` for the backward."""
     out, logsumexp = _outputs(q, k, v, cu_seqlens, reach, leading)
     heads, band = [_head_first(x) for x in (q, k, v)], _band(reach, q)
@@ -110,9 +109,7 @@ def _attention_backward(
 
 
 @_attention.register_fake
-def _outputs(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, reach: int, leading: int
-) -> tuple[Tensor, Tensor]:
+def _outputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, reach: int, leading: int) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0])
 
 
@@ -152,7 +149,7 @@ def _call(tile: Tile, heads: list[Tensor], band: Tensor, reach: int) -> tuple[Te
 
 def _band(reach: int, like: Tensor) -> Tensor:
     """`[R, R + 2 reach]`, 0 where row r and column r + reach are at most `reach` apart, -inf elsewhere."""
-    rows = max(reach, _MIN_BLOCK) + reach
+    rows = max(reach, _BLOCK) + reach
     row, column = torch.arange(rows)[:, None], torch.arange(rows + 2 * reach)
     return like.new_zeros(rows, rows + 2 * reach).masked_fill_((row + reach - column).abs() > reach, -torch.inf)
 

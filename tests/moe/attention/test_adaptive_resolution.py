@@ -238,5 +238,7 @@ def test_what_makes_no_split_is_refused(given: dict[str, Any], message: str) -> 
 
 def test_more_coarse_heads_than_heads_are_refused_with_the_layer() -> None:
     attention = {"kind": "adaptive_resolution", "heads": 2, "split": {"kind": "routed", "coarse_heads": [1, 3]}}
-    with pytest.raises(ValidationError, match="layer 0: split.coarse_heads names 3 coarse heads, but there are only 2"):
+    with pytest.raises(
+        ValidationError, match=r"layer 0: split\.coarse_heads names 3 coarse heads, but there are only 2"
+    ):
         EncoderConfig(width=WIDTH, block={"attention": attention})

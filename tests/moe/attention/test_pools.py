@@ -1,5 +1,7 @@
 """Pools of neighbouring tokens."""
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +35,7 @@ def test_pools_cover_each_sequence_in_order(lengths: list[int], smallest: int, m
     start = 0
     for n, length in enumerate(lengths):
         own = bounds[counts[n] : counts[n + 1] + 1]
-        sizes = [b - a for a, b in zip(own, own[1:], strict=False)]
+        sizes = [b - a for a, b in pairwise(own)]
         assert (own[0], own[-1]) == (start, start + length)
         assert len(sizes) <= most
         assert sizes[:-1] == [pool_size(length, smallest, most)] * (len(sizes) - 1)

@@ -24,7 +24,7 @@ LENGTHS = [13, 0, 1, 41, 3]
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that short sequences have several blocks, and several calls of them."""
-    monkeypatch.setattr(window_cpu, "_MIN_BLOCK", 3)
+    monkeypatch.setattr(window_cpu, "_BLOCK", 3)
     monkeypatch.setattr(window_cpu, "_MOST_QUERIES", 9)
 
 
@@ -97,8 +97,8 @@ def test_what_tiles_multiply_grows_with_length(monkeypatch: pytest.MonkeyPatch, 
     def multiplied(length: int) -> int:
         return sum(tile.blocks * tile.rows * tile.columns for tile in window_tiles(0, length, reach))
 
-    assert multiplied(16_384) <= 2 * multiplied(8192) + 8 * max(reach, 32) ** 2
-    assert multiplied(8192) <= 8192 * (2 * reach + max(reach, 32))
+    assert multiplied(16_384) <= 2.01 * multiplied(8192)
+    assert multiplied(8192) <= 8192 * (2 * reach + 32)
 
 
 def test_literal(kernel: str) -> None:
@@ -179,7 +179,7 @@ def test_half_precision_is_float32_inside_and_finite(dtype: torch.dtype) -> None
         assert wanted[name].isfinite().all()
 
 
-@pytest.mark.parametrize(("lengths", "leading"), [([13, 0, 1], 0), ([13, 0, 1], 2), ([], 0)], ids=str)
+@pytest.mark.parametrize(("lengths", "leading"), [([13, 0, 1], 2), ([], 0)], ids=str)
 def test_the_operator_keeps_torchs_contract(lengths: list[int], leading: int) -> None:
     batch = pack_lengths(lengths)
     torch.library.opcheck(window_cpu._attention, (*qkv(lengths).values(), batch.cu_seqlens, 2, leading))
