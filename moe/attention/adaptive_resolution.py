@@ -22,7 +22,6 @@ from routing.config import Config
 from routing.sequences import sequence_means
 from routing.types import RoutingStats, Tokens
 
-
 _Count = Annotated[int, Field(ge=0)]
 
 

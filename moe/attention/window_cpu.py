@@ -1,7 +1,7 @@
 """Window attention on a CPU: torch's kernel on blocks of queries and the keys around each, behind one operator.
 
 What a token sees is cut into tiles, so neither time nor memory grows faster than a sequence's length: blocks of queries
-are a batch of the kernel's, and their overlapping keys are views. Where a query's keys lie in two tiles (its window, and
+are a batch of the kernel's, and their overlapping keys are views. Where a query's keys lie in two tiles (its window and
 the leading tokens), their outputs are merged by their softmax denominators; with the merged output and denominator the
 kernel's backward gives each tile's exact share of the gradients (FlashAttention, arXiv 2205.14135, appendix B.2).
 
