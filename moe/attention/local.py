@@ -77,8 +77,8 @@ class LocalAttention(nn.Module):
     def forward(self, x: Tensor, batch: PackedBatch, tokens: Tokens) -> tuple[Tensor, RoutingStats | None]:
         """`[T, D]` -> `[T, D]`, and no statistics: every head is always on."""
         length, width = x.shape
-        q, k, v = self.qkv(x).view(length, 3, self.heads, width // self.heads).unbind(1)
-        q, k = self._turn(q, batch.positions), self._turn(k, batch.positions)
+        qk, v = self.qkv(x).view(length, 3 * self.heads, width // self.heads).split([2 * self.heads, self.heads], dim=1)
+        q, k = self._turn(qk, batch.positions).chunk(2, dim=1)
         mixed = window_attention(q, k, v, batch, self.reach, self.leading)
         if self.global_query is not None and self.global_key_value is not None:
             mixed = self._with_own_rows(mixed, x, batch, self.global_query, self.global_key_value)
