@@ -57,6 +57,6 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     out = x * torch.cat([cos, cos], dim=-1)[:, None]
     out_first, out_second = out.chunk(2, dim=-1)
-    out_first.addcmul_(second, sin[:, None], value=-1)
-    out_second.addcmul_(first, sin[:, None])
+    out_first -= second * sin[:, None]  # not addcmul, which rounds otherwise where a compiler takes it apart
+    out_second += first * sin[:, None]
     return out
