@@ -125,6 +125,21 @@ class AdaptiveResolutionConfig(Config):
         return self.split.router.num_params(width, len(self.split.coarse_heads))
 
 
+class KeyValue(nn.Linear):
+    """Keys and values of some heads. A module of its own: ZeRO-3 gathers weights when their module is called."""
+
+    def __init__(self, width: int, heads: int, bias: bool) -> None:
+        super().__init__(width, 2 * width, bias=bias)
+        self.shape = (2, heads, width // heads)
+
+    def forward(self, rows: Tensor, heads: slice) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """`[R, D]` -> two of `[R, H', C]`, H' of the heads."""
+        weight = self.weight.unflatten(0, self.shape)[:, heads]  # [2, H', C, D]
+        bias = None if self.bias is None else self.bias.unflatten(0, self.shape)[:, heads].flatten()
+        k, v = F.linear(rows, weight.flatten(0, 2), bias).unflatten(1, (2, *weight.shape[1:3])).unbind(1)
+        return k, v
+
+
 class AdaptiveResolution(nn.Module):
     """Multi-head attention, its first heads coarse and its others fine; how many are coarse is a sequence's own.
 
@@ -141,7 +156,7 @@ class AdaptiveResolution(nn.Module):
         super().__init__()
         self.config = config
         self.query = nn.Linear(width, width, bias=config.bias)
-        self.key_value = nn.Linear(width, 2 * width, bias=config.bias)
+        self.key_value = KeyValue(width, config.heads, config.bias)
         self.output = nn.Linear(width, width, bias=config.bias)
         if isinstance(config.split, RoutedSplit):
             self.router = build_router(config.split.router, width, len(config.split.coarse_heads))
@@ -185,21 +200,13 @@ class AdaptiveResolution(nn.Module):
         if coarse > 0:
             pools = pools_of(lengths, config.pool_size, config.max_pools, x.device)
             # The mean of projections is the projection of the mean, of far fewer rows.
-            k, v = self._keys_and_values(sequence_means(x, pools.bounds).to(x.dtype), slice(coarse))
+            k, v = self.key_value(sequence_means(x, pools.bounds).to(x.dtype), slice(coarse))
             mixed.append(varlen_attention(q[:, :coarse], self._turn(k, pools.centres), v, batch, pools))
         if coarse < config.heads:
-            k, v = self._keys_and_values(x, slice(coarse, None))
+            k, v = self.key_value(x, slice(coarse, None))
             k = self._turn(k, batch.positions)
             mixed.append(window_attention(q[:, coarse:], k, v, batch, config.window // 2))
         return torch.cat(mixed, dim=1)
-
-    def _keys_and_values(self, rows: Tensor, heads: slice) -> tuple[Tensor, Tensor]:
-        """Of some heads: each `[R, H', C]`."""
-        layer, shape = self.key_value, (2, self.config.heads, -1)
-        weight = layer.weight.unflatten(0, shape)[:, heads]  # [2, H', C, D]
-        bias = None if layer.bias is None else layer.bias.unflatten(0, shape)[:, heads].flatten()
-        k, v = F.linear(rows, weight.flatten(0, 2), bias).unflatten(1, (2, *weight.shape[1:3])).unbind(1)
-        return k, v
 
     def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
         if self.config.positions is None:
