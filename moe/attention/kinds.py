@@ -5,6 +5,7 @@ from typing import Annotated, Protocol
 from pydantic import Field
 from torch import Tensor, nn
 
+from moe.attention.adaptive_resolution import AdaptiveResolution, AdaptiveResolutionConfig
 from moe.attention.convolution import (
     DynamicConvolution,
     DynamicConvolutionConfig,
@@ -15,6 +16,7 @@ from moe.attention.convolution import (
 )
 from moe.attention.linear import LinearAttention, LinearAttentionConfig
 from moe.attention.linformer import LinformerAttention, LinformerConfig
+from moe.attention.local import LocalAttention, LocalAttentionConfig
 from moe.attention.mixed import MixedAttention, MixedAttentionConfig
 from moe.attention.nystrom import NystromAttention, NystromConfig
 from moe.attention.routed_heads import RoutedHeads, RoutedHeadsConfig
@@ -25,6 +27,8 @@ from routing.types import RoutingStats, Tokens
 AttentionConfig = Annotated[
     SoftmaxAttentionConfig
     | RoutedHeadsConfig
+    | LocalAttentionConfig
+    | AdaptiveResolutionConfig
     | LinearAttentionConfig
     | LinformerConfig
     | NystromConfig
@@ -51,6 +55,10 @@ def build_attention(config: AttentionConfig, width: int) -> nn.Module:
             return RoutedHeads(config, width)
         case LinearAttentionConfig():
             return LinearAttention(config, width)
+        case LocalAttentionConfig():
+            return LocalAttention(config, width)
+        case AdaptiveResolutionConfig():
+            return AdaptiveResolution(config, width)
         case LinformerConfig():
             return LinformerAttention(config, width)
         case NystromConfig():

@@ -272,7 +272,7 @@ Place = tuple[Tensor, Tensor]  # cosine and sine of tokens' rotary angles, [T, C
 
 
 def _place(config: RoutedHeadsConfig, batch: PackedBatch, channels: int) -> Place | None:
-    return None if config.positions is None else rotary_angles(batch.positions, channels, config.positions.theta)
+    return None if config.positions is None else rotary_angles(batch.positions, channels, config.positions)
 
 
 def _of_rows(place: Place | None, rows: HeadRows) -> Place | None:

@@ -4,7 +4,7 @@ Shape legend: T tokens, B sequences, H heads, C channels of a head, S tokens of 
 """
 
 from importlib.util import find_spec
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +20,20 @@ _TORCH_FLASH = torch.backends.cuda.is_flash_attention_available()
 _FLASH_ATTN = find_spec("flash_attn") is not None
 
 
-class Rows(NamedTuple):
-    """Where each sequence's rows lie in a packed tensor."""
+class Spans(Protocol):
+    """Where each sequence's rows lie in a packed tensor; a `PackedBatch` says it of tokens."""
 
-    cu_seqlens: Tensor  # [B+1] int32, sequence b has rows cu_seqlens[b]:cu_seqlens[b+1]; later rows are nobody's
-    longest: int  # at least the number of any sequence's rows
+    @property
+    def cu_seqlens(self) -> Tensor: ...  # [B+1] int32, sequence b has rows cu_seqlens[b]:cu_seqlens[b+1]
+    @property
+    def max_seqlen(self) -> int: ...  # at least the number of any sequence's rows
+
+
+class Rows(NamedTuple):
+    """Spans and nothing else. Rows beyond the last sequence's are nobody's."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
@@ -37,11 +46,10 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Ten
     Returns:
         `[T, H, C]`, in the dtype of `q`.
     """
-    tokens = Rows(batch.cu_seqlens, batch.max_seqlen)
-    return cross_attention(q, k, v, tokens, tokens)
+    return cross_attention(q, k, v, batch, batch)
 
 
-def cross_attention(q: Tensor, k: Tensor, v: Tensor, queries: Rows, keys: Rows) -> Tensor:
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans) -> Tensor:
     """The same where a sequence has other rows of keys than of queries.
 
     Args:
@@ -59,13 +67,13 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, queries: Rows, keys: Rows) 
     if kernel == "torch":
         from torch.nn.attention.varlen import varlen_attn
 
-        out = varlen_attn(q, k, v, cu_q, cu_k, queries.longest, keys.longest)
+        out = varlen_attn(q, k, v, cu_q, cu_k, queries.max_seqlen, keys.max_seqlen)
         assert isinstance(out, Tensor)  # a tuple only when extra outputs are asked for
         return out
     if kernel == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 
-        mixed: Tensor = flash_attn_varlen_func(q, k, v, cu_q, cu_k, queries.longest, keys.longest)
+        mixed: Tensor = flash_attn_varlen_func(q, k, v, cu_q, cu_k, queries.max_seqlen, keys.max_seqlen)
         return mixed
     return _one_by_one(q, k, v, cu_q, cu_k)
 

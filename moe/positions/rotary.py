@@ -1,7 +1,7 @@
 """Rotary positions. Shape legend in `routing/types.py`; H heads, C channels of a head."""
 
 from math import ceil, floor, log, pi
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -73,10 +73,38 @@ def rotary_angles(positions: Tensor, channels: int, config: RotaryConfig) -> tup
 
 
 def rotate(x_thc: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs `(c, c + C/2)` of `[T, H, C]` by the given angles, in `x`'s dtype."""
-    cos, sin = cos.to(x_thc.dtype)[:, None], sin.to(x_thc.dtype)[:, None]
-    first, second = x_thc.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    """Turn the channel pairs `(c, c + C/2)` of `[T, H, C]` by the given angles, in `x`'s dtype.
+
+    No gradient reaches the angles: they are the positions'.
+    """
+    turned: Tensor = _Rotation.apply(x_thc, cos.to(x_thc.dtype), sin.to(x_thc.dtype))
+    return turned
+
+
+class _Rotation(torch.autograd.Function):
+    """Its backward is the rotation back: nothing of `x` is kept, and memory is passed over half as often."""
+
+    @staticmethod
+    def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    out = x * torch.cat([cos, cos], dim=-1)[:, None]
+    out_first, out_second = out.chunk(2, dim=-1)
+    out_first -= second * sin[:, None]  # not addcmul, which rounds otherwise where a compiler takes it apart
+    out_second += first * sin[:, None]
+    return out
 
 
 def _frequencies(config: RotaryConfig, channels: int, device: torch.device) -> Tensor:

@@ -117,8 +117,9 @@ def _norm(s: Setting) -> float:
 
 
 def _attention(config: AttentionConfig, s: Setting) -> Part:
-    known = isinstance(config, SoftmaxAttentionConfig) and isinstance(config.positions, RotaryConfig)
-    if not known or config.bias or config.head_width:
+    if not isinstance(config, SoftmaxAttentionConfig) or config != SoftmaxAttentionConfig(
+        heads=config.heads, positions=config.positions if isinstance(config.positions, RotaryConfig) else RotaryConfig()
+    ):
         raise UserError(
             f"what attention of kind {config.kind} keeps in memory isn't known here; plan with kind: softmax, without "
             "biases or head_width and with rotary positions"

@@ -50,7 +50,7 @@ def oracle(layer: RoutedHeads, x: Tensor, lengths: list[int], routing: Routing) 
     if config.bias:
         q, k, v = q + layer.query_bias, k + layer.key_value_bias[:, 0], v + layer.key_value_bias[:, 1]
     if config.positions is not None:
-        angles = rotary_angles(pack_lengths(lengths).positions, channels, config.positions.theta)
+        angles = rotary_angles(pack_lengths(lengths).positions, channels, config.positions)
         q, k = rotate(q, *angles), rotate(k, *angles)
     y, start = [], 0
     for length in lengths:

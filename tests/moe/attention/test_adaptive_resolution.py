@@ -1,0 +1,244 @@
+"""The layer of coarse and fine heads against its parts written out."""
+
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from moe.attention import adaptive_resolution
+from moe.attention.adaptive_resolution import AdaptiveResolution, AdaptiveResolutionConfig, LengthSplit
+from moe.batch import PackedBatch, pack_lengths
+from moe.config import EncoderConfig
+from moe.encoder import Encoder
+from routing.types import Tokens
+from tests import oracles
+from tests.moe.attention import windows
+
+WIDTH = 16
+SMALL = {"heads": 4, "window": 4, "pool_size": 2, "max_pools": 3}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "by length": {**SMALL, "split": {"coarse_heads": {0: 1, 4: 2, 8: 3}}},
+    "by length, none and all": {**SMALL, "split": {"coarse_heads": {0: 0, 7: 4}}, "bias": True, "positions": None},
+    "one split": {**SMALL, "split": {"coarse_heads": {0: 2}}, "positions": {"theta": 100.0}},
+    "routed": {**SMALL, "split": {"kind": "routed", "coarse_heads": [1, 3, 2]}},
+    "routed, none and all": {**SMALL, "split": {"kind": "routed", "coarse_heads": [4, 0]}, "bias": True},
+    "routed, sigmoid": {
+        **SMALL,
+        "split": {"kind": "routed", "coarse_heads": [1, 3], "router": {"score": "sigmoid"}},
+        "positions": None,
+    },
+}
+every_config = pytest.mark.parametrize("given", CONFIGS.values(), ids=CONFIGS)
+LENGTHS = [9, 2, 0, 5, 7]
+
+
+def built(given: dict[str, Any]) -> AdaptiveResolution:
+    layer = AdaptiveResolution(AdaptiveResolutionConfig(**given), WIDTH)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+def packed(lengths: list[int]) -> tuple[PackedBatch, Tokens]:
+    batch = pack_lengths(lengths)
+    return batch, Tokens(torch.zeros(sum(lengths), dtype=torch.int64), batch.cu_seqlens)
+
+
+def project(linear: nn.Linear, row: Tensor) -> Tensor:
+    return linear.weight @ row if linear.bias is None else linear.weight @ row + linear.bias
+
+
+def turned(head: Tensor, position: float, theta: float | None) -> Tensor:
+    """`[4]`: channels (0, 2) turn by the position, (1, 3) by theta^(-1/2) of it."""
+    if theta is None:
+        return head
+    angles = position * torch.tensor([1.0, theta**-0.5])
+    a, b = head[:2], head[2:]
+    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()])
+
+
+def pools(length: int) -> Iterator[list[int]]:
+    """Of at least 2 tokens, and 3 at most."""
+    size = 2
+    while -(-length // size) > 3:
+        size += 1
+    for first in range(0, length, size):
+        yield list(range(first, min(first + size, length)))
+
+
+def slow(layer: AdaptiveResolution, x: Tensor, lengths: list[int]) -> Tensor:
+    """Sequence by sequence, head by head, token by token."""
+    config, split = layer.config, layer.config.split
+    theta, reach = config.positions.theta if config.positions else None, config.window // 2
+    counts, routing = split.counts(), None
+    if not isinstance(split, LengthSplit):
+        routing = oracles.route(layer.router, x, packed(lengths)[1])
+    out, start = [], 0
+    for own in x.split(lengths):
+        if not len(own):
+            continue
+        q = [project(layer.query, token).view(4, 4) for token in own]
+        kv = [project(layer.key_value, token).view(2, 4, 4) for token in own]
+        coarse, gate = (split.at(len(own)), torch.ones(())) if routing is None else (0, torch.zeros(()))
+        if routing is not None:
+            choice = routing.choices[start, 0]
+            coarse, gate = split.coarse_heads[choice], len(counts) * routing.probs[start, choice]
+        for i, query in enumerate(q):
+            heads = []
+            for h in range(4):
+                near = [[j] for j in range(len(own)) if abs(i - j) <= reach]
+                seen = list(pools(len(own))) if h < coarse else near
+                means = [torch.stack([kv[j][:, h] for j in tokens]).mean(0) for tokens in seen]
+                places = [sum(tokens) / len(tokens) for tokens in seen]
+                keys = torch.stack([turned(mean[0], place, theta) for mean, place in zip(means, places, strict=True)])
+                values = torch.stack([mean[1] for mean in means])
+                head = oracles.softmax(keys @ turned(query[h], i, theta) / 2) @ values
+                heads.append(head * gate if min(counts) <= h < max(counts) else head)
+            out.append(project(layer.output, torch.cat(heads)))
+        start += len(own)
+    return torch.stack(out)
+
+
+@every_config
+def test_values_and_gradients_match_the_oracle(given: dict[str, Any]) -> None:
+    layer, x = built(given), torch.randn(sum(LENGTHS), WIDTH, requires_grad=True)
+    fast, _ = layer(x, *packed(LENGTHS))
+    expected = slow(layer, x, LENGTHS)
+    assert_close(fast, expected, rtol=1e-4, atol=1e-5)
+    inputs, upstream = {"x": x, **dict(layer.named_parameters())}, oracles.random_like(fast)
+    wanted = oracles.gradients(expected, inputs, upstream)
+    assert_close(oracles.gradients(fast, inputs, upstream), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("routed")])
+def test_statistics_are_the_routers(name: str) -> None:
+    layer, x = built(CONFIGS[name]), torch.randn(sum(LENGTHS), WIDTH)
+    batch, tokens = packed(LENGTHS)
+    _, stats = layer(x, batch, tokens)
+    expected = oracles.summarize(oracles.route(layer.router, x, tokens))
+    assert stats is not None
+    assert_close(stats._asdict(), expected._asdict())
+    assert 0 < stats.assigned.max() < sum(LENGTHS)  # of several splits, so several were computed
+
+
+def test_the_encoder_finds_the_router() -> None:
+    routed = {"kind": "adaptive_resolution", **CONFIGS["routed"]}
+    by_length = {"kind": "adaptive_resolution", **CONFIGS["by length"]}
+    overrides = [{"layers": [1], "attention": by_length}]
+    config = EncoderConfig(vocab_size=20, width=WIDTH, depth=2, block={"attention": routed}, overrides=overrides)
+    encoder = Encoder(config)
+    output = encoder(torch.randint(20, (3, 6)))
+    assert list(encoder.routers()) == list(output.routing) == ["0.heads"]
+    assert output.routing["0.heads"].tokens == 18
+
+
+def test_a_router_without_an_opinion_changes_nothing() -> None:
+    routed, fixed = built(CONFIGS["routed"]), built({**SMALL, "split": {"coarse_heads": {0: 1}}})
+    fixed.load_state_dict({n: p for n, p in routed.state_dict().items() if not n.startswith("router")})
+    nn.init.zeros_(routed.router.logits.weight)  # equal scores: the first choice
+    x = torch.randn(sum(LENGTHS), WIDTH)
+    assert_close(routed(x, *packed(LENGTHS))[0], fixed(x, *packed(LENGTHS))[0])
+
+
+@every_config
+def test_only_what_is_chosen_is_computed(given: dict[str, Any]) -> None:
+    layer, x = built(given), torch.randn(sum(LENGTHS), WIDTH)
+    split, work = layer.config.split, {"varlen_attention": 0, "window_attention": 0}
+    if isinstance(split, LengthSplit):
+        coarse = [split.at(length) for length in LENGTHS]
+    else:
+        routing = oracles.route(layer.router, x, packed(LENGTHS)[1])
+        firsts = [min(sum(LENGTHS[:n]), len(x) - 1) for n in range(len(LENGTHS))]
+        coarse = [split.coarse_heads[routing.choices[first, 0]] for first in firsts]
+
+    def counting(name: str) -> Any:
+        def attend(q: Tensor, *rest: Any) -> Tensor:
+            work[name] += q.shape[0] * q.shape[1]
+            return torch.zeros_like(q)
+
+        return attend
+
+    with patch.multiple(adaptive_resolution, **{name: counting(name) for name in work}):
+        layer(x, *packed(LENGTHS))
+    heads = [(count * length, (4 - count) * length) for count, length in zip(coarse, LENGTHS, strict=True)]
+    assert tuple(work.values()) == tuple(map(sum, zip(*heads, strict=True)))
+
+
+def counted_flops(layer: AdaptiveResolution, x: Tensor) -> int:
+    """Of all products but those in attention's operators, which torch's counter doesn't look into."""
+    layer.requires_grad_(False)  # the counter stumbles over views of parameters
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        layer(x, *packed([len(x)]))
+    return counter.get_total_flops()
+
+
+def flops_of_mixing(length: int, coarse: int) -> int:
+    """Two products of four channels for every pair that meets in a head."""
+    pairs = coarse * length * len(list(pools(length))) + (4 - coarse) * windows.pairs(length, 2, leading=0)
+    return 2 * 2 * 4 * pairs
+
+
+@every_config
+@settings(max_examples=5)
+@given(length=st.integers(1, 12))
+def test_flops_are_those_of_the_projections_and_of_pairs_that_see_each_other(
+    given: dict[str, Any], length: int
+) -> None:
+    layer, x = built(given), torch.randn(length, WIDTH)
+    split = layer.config.split
+    if isinstance(split, LengthSplit):
+        expected = float(counted_flops(layer, x) + flops_of_mixing(length, split.at(length)))
+    else:
+        expected = 0.0
+        for choice, coarse in enumerate(split.coarse_heads):
+            with torch.no_grad():
+                layer.router.logits.weight.zero_()[choice] = x.mean(0)  # so it is chosen
+            expected += (counted_flops(layer, x) + flops_of_mixing(length, coarse)) / len(split.coarse_heads)
+    assert length * layer.config.flops_per_token(WIDTH, length) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("split", [{0: 1, 512: 2, 2048: 3}, {2048: 3, 512: 2, 0: 1}], ids=str)
+def test_the_split_of_a_length(split: dict[int, int]) -> None:
+    config = LengthSplit(coarse_heads=split)
+    assert [config.at(length) for length in (0, 511, 512, 2047, 2048, 10**6)] == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_token_costs_the_same_at_any_length_beyond_the_last_threshold() -> None:
+    config = AdaptiveResolutionConfig(heads=8, split={"coarse_heads": {0: 2, 1024: 4, 4096: 6}})
+    costs = [config.flops_per_token(512, length) for length in (4096, 8192, 65_536)]
+    assert max(costs) / min(costs) < 1.02
+    assert costs[0] < config.flops_per_token(512, 2048) < config.flops_per_token(512, 1000)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"split": {"coarse_heads": {5: 1}}}, "says nothing of lengths below 5; add what holds from 0 on"),
+        ({"split": {"coarse_heads": {}}}, "says nothing of lengths below any"),
+        ({"split": {"coarse_heads": {0: -1}}}, "greater than or equal to 0"),
+        ({"split": {"kind": "routed", "coarse_heads": [2]}}, "needs two or more different numbers"),
+        ({"split": {"kind": "routed", "coarse_heads": [2, 1, 2]}}, "needs two or more different numbers"),
+        ({"split": {"kind": "routed", "router": {"scope": "token"}}}, "set scope: sequence and top_k: 1"),
+        ({"split": {"kind": "routed", "router": {"top_k": 2}}}, "set scope: sequence and top_k: 1"),
+        ({"window": 5}, "multiple of 2"),
+    ],
+)
+def test_what_makes_no_split_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        AdaptiveResolutionConfig(**given)
+
+
+def test_more_coarse_heads_than_heads_are_refused_with_the_layer() -> None:
+    attention = {"kind": "adaptive_resolution", "heads": 2, "split": {"kind": "routed", "coarse_heads": [1, 3]}}
+    with pytest.raises(
+        ValidationError, match=r"layer 0: split\.coarse_heads names 3 coarse heads, but there are only 2"
+    ):
+        EncoderConfig(width=WIDTH, block={"attention": attention})
