@@ -151,7 +151,7 @@ def test_a_router_without_an_opinion_changes_nothing() -> None:
 @every_config
 def test_only_what_is_chosen_is_computed(given: dict[str, Any]) -> None:
     layer, x = built(given), torch.randn(sum(LENGTHS), WIDTH)
-    split, work = layer.config.split, {"varlen_attention": 0, "window_attention": 0}
+    split, work = layer.config.split, {"cross_attention": 0, "window_attention": 0}
     if isinstance(split, LengthSplit):
         coarse = [split.at(length) for length in LENGTHS]
     else:

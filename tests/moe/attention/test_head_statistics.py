@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from moe.attention.head_statistics import Statistic, head_statistics
 from moe.attention.routed_heads import RoutedHeads, RoutedHeadsConfig
 from moe.batch import pack_lengths
-from moe.positions.rotary import rotary_angles, rotate
+from moe.positions.rotary import RotaryConfig, rotary_angles, rotate
 from routing import Tokens
 from tests import oracles
 from tests.routing.routers import tokens_of
@@ -62,7 +62,7 @@ def layer_of() -> RoutedHeads:
 def test_in_training_a_sequence_takes_heads_by_the_statistics_of_its_own_scores() -> None:
     layer, lengths = layer_of(), [6, 2, 9]
     x, batch, tokens = torch.randn(17, 12, requires_grad=True), pack_lengths(lengths), tokens_of(lengths)
-    angles = rotary_angles(batch.positions, 4, 10_000.0)
+    angles = rotary_angles(batch.positions, 4, RotaryConfig())
     q, k = torch.einsum("td,hcd->thc", x, layer.query), torch.einsum("td,hcd->thc", x, layer.key_value[:, 0])
     q, k = rotate(q, *angles), rotate(k, *angles)
     v = torch.einsum("td,hcd->thc", x, layer.key_value[:, 1])
