@@ -228,7 +228,12 @@ def test_interrupted_before_training_it_says_so(
 ) -> None:
     monkeypatch.setattr("training.pretrain.prepare", lambda *_: signal.raise_signal(signum))
     before = signal.getsignal(signal.SIGTERM)
-    assert main(["pretrain", str(write_yaml(tmp_path / "run.yaml", tiny))]) == 130
+    # Ctrl-C as in a terminal; a runner of tests may have had it ignored.
+    interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["pretrain", str(write_yaml(tmp_path / "run.yaml", tiny))]) == 130
+    finally:
+        signal.signal(signal.SIGINT, interrupts)
     told = capsys.readouterr().err
     assert told.startswith("moe pretrain: interrupted, and nothing was saved of this; the same command goes on")
     assert "Traceback" not in told

@@ -53,7 +53,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, text_file: Path, cache_d
     (folder / "damaged").mkdir()
     failing = damaged(streamed_data(folder / "damaged", text_file, cache_dir), folder / "damaged")
     config = write_yaml(folder / "run.yaml", streamed_data(folder, text_file, cache_dir))
-    run_ranks(2, "fail_to_read", str(failing), str(folder), f"{config},whole,0")
+    run_ranks(2, "fail_to_read", str(failing), str(config), str(folder), "whole")
     return folder
 
 
@@ -82,9 +82,10 @@ def test_a_run_goes_on_from_any_step(streamed: dict[str, Any], tmp_path: Path) -
 
 @pytest.mark.distributed
 def test_two_ranks_then_one_then_two_are_as_good_as_two(two_ranks: Path, tmp_path: Path) -> None:
-    config, whole = two_ranks / "run.yaml", two_ranks / "whole"
-    pretrain_all(str(tmp_path), f"{config},alone,0,{whole}/checkpoints/step-000002")
-    run_ranks(2, "pretrain_all", str(tmp_path), f"{config},again,2,{tmp_path}/alone/checkpoints/step-000004")
+    config, whole = str(two_ranks / "run.yaml"), two_ranks / "whole"
+    pretrain_all(config, str(tmp_path), f"alone checkpoint.resume={whole}/checkpoints/step-000002")
+    resumed = f"checkpoint.resume={tmp_path}/alone/checkpoints/step-000004"
+    run_ranks(2, "pretrain_all", config, str(tmp_path), f"again {resumed} parallel.zero_stage=2")
     for step in (3, 4):
         assert_same(state(tmp_path / "alone", step), state(whole, step))
     for step in (5, 6):

@@ -165,11 +165,11 @@ def fail_to_save(config: str, out: str) -> None:
         parameter.data.flatten()[0] = 0.0
 
 
-def fail_to_read(config: str, out: str, *cases: str) -> None:
+def fail_to_read(failing: str, config: str, out: str, *cases: str) -> None:
     """On two ranks `pretrain_all`, and then a run where the second comes upon a damaged document while it trains."""
-    pretrain_all(out, *cases)
+    pretrain_all(config, out, *cases)
     try:
-        pretrain(RunConfig.model_validate(yaml.safe_load(Path(config).read_text())))
+        pretrain(load_run_config(Path(failing), []))
     except (DataError, FailedElsewhere) as failure:
         error = failure
     if int(os.environ["RANK"]) == 1:

@@ -111,7 +111,7 @@ def test_after_a_killed_rank_all_start_again_and_end_bit_for_bit_alike(
 @pytest.mark.distributed
 def test_after_a_lost_machine_the_others_go_on(uninterrupted: Path, tmp_path: Path, start: Start) -> None:
     run, config, meeting = str(tmp_path / "run"), str(uninterrupted / "run.yaml"), f"localhost:{free_port()}"
-    words = ("--ranks", "1", "--nodes", "1:2", "--rendezvous", meeting, "--last-call", "2", "--restarts", "1")
+    words = ("--ranks", "1", "--nodes", "1:2", "--rendezvous", meeting, "--last-call", "8", "--restarts", "1")
     first = start(*words, "--", "pretrain", config, f"run_dir={run}")
     wait_for(lambda: listening(first.pid))  # it is the one that keeps the meeting
     second = start(*words, "--", "pretrain", config, f"run_dir={run}")
