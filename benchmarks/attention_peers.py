@@ -51,7 +51,7 @@ def nystromformer(width: int, heads: int, length: int) -> nn.Module:
         hidden_size=width,
         num_attention_heads=heads,
         segment_means_seq_len=length,
-        num_landmarks=64,
+        num_landmarks=min(64, length),
         conv_kernel_size=33,
         attention_probs_dropout_prob=0.0,
     )
@@ -59,15 +59,18 @@ def nystromformer(width: int, heads: int, length: int) -> nn.Module:
 
 
 class _Longformer(nn.Module):
-    """A window of 128 to each side, no global tokens."""
+    """A window of 64 tokens to each side, no global tokens."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, length: int) -> None:
         super().__init__()
         from transformers import LongformerConfig
         from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
         config = LongformerConfig(
-            hidden_size=width, num_attention_heads=heads, attention_window=[128], attention_probs_dropout_prob=0.0
+            hidden_size=width,
+            num_attention_heads=heads,
+            attention_window=[min(128, length)],
+            attention_probs_dropout_prob=0.0,
         )
         self.layer = LongformerSelfAttention(config, 0)
         self.output = nn.Linear(width, width)
@@ -85,7 +88,7 @@ class _Longformer(nn.Module):
 
 
 def longformer(width: int, heads: int, length: int) -> nn.Module:
-    return _Longformer(width, heads)
+    return _Longformer(width, heads, length)
 
 
 EVERY_LENGTH = 10**9
