@@ -288,7 +288,8 @@ def _always(q: Tensor, k: Tensor, v: Tensor, output: Tensor, batch: PackedBatch,
     """Heads `[T, A, C]` that are computed for all tokens, and their output: `[T, D]`."""
     if place is not None:
         q, k = rotate(q, *place), rotate(k, *place)
-    return F.linear(varlen_attention(q, k, v, batch).flatten(1), output.flatten(0, 1).t())
+    mixed = varlen_attention(q, k, v, batch).flatten(1)
+    return F.linear(mixed, output.to(mixed.dtype).flatten(0, 1).t())  # gates may have left it in float32
 
 
 def _finish(q: Tensor, k: Tensor, v: Tensor, output: Tensor, rows: HeadRows, batch: PackedBatch) -> Tensor:

@@ -1,5 +1,6 @@
 """What every attention mechanism keeps, whatever it computes."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -111,6 +112,21 @@ def test_half_precision_is_near_float32(config: dict[str, Any], dtype: torch.dty
     # A choice may fall the other way for a token or two; most must agree.
     error = (rounded.float() - exact).norm(dim=1) / exact.norm(dim=1)
     assert error.median() < (0.03 if dtype == torch.bfloat16 else 0.005)
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_layer_cast_to_half_precision_is_near_the_same_one_in_float32(
+    config: dict[str, Any], dtype: torch.dtype
+) -> None:
+    layer, x = built(config).to(dtype), torch.randn(sum(LENGTHS), WIDTH).to(dtype)
+    for training in (False, True):
+        exact = attend(deepcopy(layer).float().train(training), x.float(), LENGTHS)
+        cast = attend(layer.train(training), x, LENGTHS)
+        assert cast.dtype == dtype
+        assert cast.isfinite().all()
+        error = (cast.float() - exact).norm(dim=1) / exact.norm(dim=1)
+        assert error.median() < (0.03 if dtype == torch.bfloat16 else 0.005)
 
 
 @every_kind
