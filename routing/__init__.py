@@ -18,6 +18,7 @@ from routing.config import (
     ThresholdConfig,
     TokenChoiceConfig,
 )
+from routing.learned import straight_through
 from routing.losses import (
     RoutingTotals,
     balance_loss,
@@ -71,6 +72,7 @@ __all__ = [
     "route",
     "routing_loss",
     "sequence_balance_loss",
+    "straight_through",
     "summarize",
     "totals_of",
     "updated_buffers",

@@ -14,7 +14,8 @@ class Learned(nn.Module):
     """One learned weight per choice, whatever the input; all tokens take the same choices.
 
     With `straight_through` the gates are `1 / top_k` forward and the softmax weights backward, so that a choice's
-    weight learns from what the choice contributed.
+    weight learns from what the choice contributed. A weight that isn't chosen learns too where all choices are
+    computed and weighed by the function `straight_through`, as routed heads do in training; experts don't.
     """
 
     def __init__(self, config: LearnedConfig, width: int, num_choices: int) -> None:
@@ -57,6 +58,20 @@ class Measured(nn.Module):
                 return _same_for_all(_chosen(logits, self.config), x.shape[0])
             logits = weight + coefficient * sequence_means(x.detach(), tokens.cu_seqlens)
             return for_tokens(_chosen(logits, self.config), sequence_of_token(tokens.cu_seqlens, x.shape[0]))
+
+
+def straight_through(routing: Routing) -> Tensor:
+    """Gates of all choices, `[T, E]` float32: forward those of the chosen and 0, backward the gradient of `probs`.
+
+    A consumer that computes all choices and multiplies by these lets a choice that nobody takes learn what it would
+    have contributed (the straight-through estimator, arXiv 1308.3432, section 4). `routing.weights` let only the
+    chosen ones learn.
+
+    Args:
+        routing: of a router that drops nothing and whose gates are made of `probs`: `Learned` or `Measured`.
+    """
+    hard = torch.zeros_like(routing.probs).scatter(1, routing.choices, routing.weights.detach())
+    return hard + (routing.probs - routing.probs.detach())
 
 
 def _chosen(logits: Tensor, config: LearnedConfig | MeasuredConfig) -> Routing:

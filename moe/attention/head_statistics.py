@@ -19,8 +19,8 @@ _SLICE = 128  # queries whose scores are there at once
 class MeasuredHeadsConfig(MeasuredConfig):
     """A learned weight per head, plus a learned multiple of a statistic of the head's attention probabilities.
 
-    In training it costs the queries, keys and scores of all routed heads, once more than attention itself (without a
-    backward); at evaluation and after `prune_heads` nothing.
+    In training all heads are computed, in the time of dense attention, and the scores of the routed ones once more
+    (without a backward). At evaluation and after `prune_heads` only the chosen ones are, and nothing is measured.
     """
 
     statistic: Statistic = "entropy"

@@ -17,7 +17,7 @@ from moe.attention.heads import channels_of, check_heads
 from moe.attention.varlen import varlen_attention
 from moe.batch import PackedBatch
 from moe.positions.rotary import RotaryConfig, rotary_angles, rotate
-from routing import Measured, build_router, route
+from routing import build_router, route, straight_through
 from routing.config import (
     Config,
     ExpertChoiceConfig,
@@ -28,7 +28,7 @@ from routing.config import (
     ThresholdConfig,
     TokenChoiceConfig,
 )
-from routing.types import Routing, RoutingStats, Tokens
+from routing.types import RoutingStats, Tokens
 
 HeadRouterConfig = Annotated[
     TokenChoiceConfig | ExpertChoiceConfig | ThresholdConfig | HashConfig | LearnedConfig | MeasuredHeadsConfig,
@@ -41,9 +41,10 @@ class RoutedHeadsConfig(Config):
 
     What isn't computed follows from the router. Chosen per token: queries and outputs of the heads it didn't choose
     (keys and values are, since any token may be attended to). Per sequence (`scope: sequence`): those heads as a whole.
-    `kind: learned` chooses for all input alike: the other heads as a whole, and `prune_heads` removes them for good. So
-    does `kind: measured` at evaluation; in training it chooses per sequence, by statistics of the scores of all heads.
-    Costs are counted as at evaluation.
+    `kind: learned` and `measured` choose for all input alike: the other heads as a whole, and `prune_heads` removes
+    them for good. That holds at evaluation, as which costs are counted. In training these two compute all heads, in the
+    time of dense attention: the others' gates are 0, but how they would have changed the loss teaches the router's
+    weights (`routing.straight_through`), and `measured` chooses per sequence, by statistics of all heads' scores.
     """
 
     kind: Literal["routed_heads"] = "routed_heads"
@@ -157,6 +158,9 @@ class Heads(NamedTuple):
 class RoutedHeads(nn.Module):
     """`y = sum_i g_i Head_i(x) W_i` (MoH, arXiv 2410.11842, eq. 4), with g_i = 1 for the first `shared` heads.
 
+    The paper gates its shared heads too, by a softmax of their own, and weighs the two groups by a learned balance (eq.
+    5-6); here the shared heads are plain attention, and only the routed ones have gates.
+
     Gates of routed heads are the router's, rescaled (`gate_scale`): one that has no opinion leaves its chosen heads as
     softmax attention has them. Parameters, heads first: `query`, `output` `[H, C, D]`, `key_value [H, 2, C, D]`, and
     with biases `query_bias [H, C]`, `key_value_bias [H, 2, C]`, `output_bias [D]`.
@@ -193,43 +197,49 @@ class RoutedHeads(nn.Module):
     def forward(self, x: Tensor, batch: PackedBatch, tokens: Tokens) -> tuple[Tensor, RoutingStats]:
         """`[T, D]` -> `[T, D]` and the router's statistics."""
         place = _place(self.config, batch, self.query.shape[1])
-        seen = self._statistics(x, batch, place) if isinstance(self.router, Measured) else x
-        routing, stats = route(self.router, seen, tokens)
-        routing = routing._replace(weights=routing.weights * self.scale)
-        kind = x.device.type
+        kind, seen = x.device.type, x
         if torch.is_autocast_enabled(kind):  # autocast doesn't know products of rows
             x = x.to(torch.get_autocast_dtype(kind))
-        measuring = isinstance(self.router, Measured) and self.training
-        if self.config.chosen_by == "all" and not measuring:
-            y = self._same_for_all(x, routing, batch, place)
+        if self.config.chosen_by == "all":
+            y, stats = (self._all_heads if self.training else self._chosen_heads)(x, batch, tokens, place)
         else:
+            routing, stats = route(self.router, seen, tokens)
+            routing = routing._replace(weights=routing.weights * self.scale)
             by_token = self.config.chosen_by == "token"
             rows = head_rows(routing, batch.cu_seqlens, whole=not by_token)
             y = (self._by_token if by_token else self._by_sequence)(x, rows, batch, place)
         return y if self.output_bias is None else y + self.output_bias.to(y.dtype), stats
 
-    @torch.no_grad()
-    def _statistics(self, x: Tensor, batch: PackedBatch, place: "Place | None") -> Tensor:
-        """Of the routed heads' scores, `[T, E]` float32; at evaluation, when none are wanted, zeros."""
-        assert isinstance(self.config.router, MeasuredHeadsConfig)
-        if not self.training:
-            return x.new_zeros(len(x), self.config.routed, dtype=torch.float32)
-        _, heads = self._shared_and_routed()
-        q, (k, _) = heads.queries(x), heads.keys_and_values(x)
+    def _all_heads(
+        self, x: Tensor, batch: PackedBatch, tokens: Tokens, place: "Place | None"
+    ) -> tuple[Tensor, RoutingStats]:
+        """All heads, though a gate of 0 silences those that aren't chosen: what they'd add tells the router of them."""
+        q, (k, v) = self.heads.queries(x), self.heads.keys_and_values(x)
         if place is not None:
             q, k = rotate(q, *place), rotate(k, *place)
-        return head_statistics(q, k, batch.cu_seqlens, self.config.router.statistic)
+        shared, router, seen = self.config.shared, self.config.router, x
+        if isinstance(router, MeasuredHeadsConfig):
+            seen = head_statistics(q[:, shared:], k[:, shared:], batch.cu_seqlens, router.statistic)
+        routing, stats = route(self.router, seen, tokens)
+        gates = F.pad(straight_through(routing) * self.scale, (shared, 0), value=1.0)
+        mixed = varlen_attention(q, k, v, batch)
+        mixed = (mixed * gates[:, :, None].to(mixed.dtype)).flatten(1)
+        return F.linear(mixed, self.output.to(mixed.dtype).flatten(0, 1).t()), stats
 
-    def _same_for_all(self, x: Tensor, routing: Routing, batch: PackedBatch, place: "Place | None") -> Tensor:
-        """Shared and chosen heads, as if there were no others."""
+    def _chosen_heads(
+        self, x: Tensor, batch: PackedBatch, tokens: Tokens, place: "Place | None"
+    ) -> tuple[Tensor, RoutingStats]:
+        """Shared and chosen heads, as if there were no others. The router looks neither at tokens nor at scores."""
+        unseen = x.new_zeros(len(x), self.config.routed, dtype=torch.float32)
+        routing, stats = route(self.router, unseen, tokens)
         gates, chosen = routing.weights.sum(0), torch.arange(routing.choices.shape[1], device=x.device)
         if len(x):  # without tokens the router tells of no choice, and any does
             gates, chosen = routing.weights[0], routing.choices[0]
         shared = torch.arange(self.config.shared, device=x.device)
         heads = self.heads.only(torch.cat([shared, chosen + self.config.shared]))
-        gates = torch.cat([torch.ones_like(gates[:1]).expand(self.config.shared), gates])
+        gates = F.pad(gates * self.scale, (self.config.shared, 0), value=1.0)
         q, (k, v) = heads.queries(x), heads.keys_and_values(x)
-        return _always(q, k, v, heads.output * gates[:, None, None], batch, place)
+        return _always(q, k, v, heads.output * gates[:, None, None], batch, place), stats
 
     def _by_token(self, x: Tensor, rows: HeadRows, batch: PackedBatch, place: "Place | None") -> Tensor:
         """Keys and values of all heads; queries and outputs of those that a token chose."""

@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 from torch.testing import assert_close
 
-from routing import MeasuredConfig, Tokens, build_router, route, updated_buffers
+from routing import MeasuredConfig, Tokens, build_router, route, straight_through, updated_buffers
 from routing.learned import Measured
 from tests import oracles
 from tests.routing.routers import tokens_of
@@ -54,6 +54,20 @@ def test_weight_and_coefficient_learn_through_the_softmax(gates: str) -> None:
     expected = oracles.gradients(probs.gather(1, routing.choices), parameters, upstream)
     assert_close(oracles.gradients(routing.weights, parameters, upstream), expected)
     assert expected["coefficient"] != 0
+
+
+@pytest.mark.parametrize("gates", ["softmax", "straight_through"])
+def test_straight_through_gates_are_hard_forward_and_the_softmax_weights_backward(gates: str) -> None:
+    router = measured([0.0, 0.1, 0.2], 2.0, top_k=2, gates=gates)
+    routing = router(SCORES, TOKENS)
+    probs = torch.stack([oracles.softmax(router.weight + router.coefficient * row) for row in SCORES])
+    chosen = torch.tensor([[0.0, 1.0, 1.0], [0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
+    found, upstream = straight_through(routing), oracles.random_like(probs)
+    assert_close(found, chosen * (probs if gates == "softmax" else 0.5))
+    assert (found[chosen == 0] == 0).all()
+    parameters = dict(router.named_parameters())
+    expected = oracles.gradients(probs, parameters, upstream)
+    assert_close(oracles.gradients(found, parameters, upstream), expected)
 
 
 def test_the_mean_score_moves_to_that_of_a_steps_tokens() -> None:

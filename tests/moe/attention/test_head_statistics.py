@@ -75,7 +75,9 @@ def test_in_training_a_sequence_takes_heads_by_the_statistics_of_its_own_scores(
         taken.add(tuple(sorted(chosen)))
         for t in range(start, start + length):
             y = torch.zeros(12)
-            for head, gate in ((0, 1.0), *((1 + e, 4 * p[e]) for e in chosen)):
+            # Those that aren't chosen are silent, but tell the router what they'd say.
+            gates = [4 * (p[e] if e in chosen else p[e] - p[e].detach()) for e in range(4)]
+            for head, gate in enumerate([1.0, *gates]):
                 y = y + gate * oracles.softmax(k[own, head] @ q[t, head] / 2) @ v[own, head] @ layer.output[head]
             slow.append(y)
         probs += [p] * length

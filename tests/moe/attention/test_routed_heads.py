@@ -1,6 +1,8 @@
 """Routed heads against a loop over tokens and heads, and against softmax attention with the same weights."""
 
 from collections.abc import Callable
+from copy import deepcopy
+from itertools import product
 from math import log, sqrt
 from typing import Any
 from unittest.mock import patch
@@ -27,6 +29,7 @@ from tests.routing.routers import ROUTERS, tokens_of, with_opinions
 WIDTH = 12
 LENGTHS = [5, 0, 1, 7, 3]
 NOISELESS = [name for name in ROUTERS if "noise" not in ROUTERS[name]]
+LEARNED = [name for name in ROUTERS if ROUTERS[name]["kind"] == "learned"]
 
 
 def layer_of(router: dict[str, Any], **config: Any) -> RoutedHeads:
@@ -56,12 +59,14 @@ def oracle(layer: RoutedHeads, x: Tensor, lengths: list[int], routing: Routing) 
     for length in lengths:
         own = slice(start, start + length)
         for t in range(start, start + length):
+            row = zip(routing.choices[t].tolist(), routing.weights[t], routing.kept[t], strict=True)
+            gates = {choice: gate for choice, gate, kept in row if kept}
+            if config.chosen_by == "all" and layer.training:  # what isn't chosen has a gate of 0 that can learn
+                gates = {
+                    e: gates.get(e, torch.zeros(())).detach() + p - p.detach() for e, p in enumerate(routing.probs[t])
+                }
             takes = [(h, torch.ones(())) for h in range(shared)]
-            for choice, gate, kept in zip(
-                routing.choices[t].tolist(), routing.weights[t], routing.kept[t], strict=True
-            ):
-                if kept:
-                    takes.append((shared + choice, scale * gate))
+            takes += [(shared + choice, scale * gate) for choice, gate in gates.items()]
             out = layer.output_bias if config.bias else torch.zeros(x.shape[1])
             for h, gate in takes:
                 weights = oracles.softmax(k[own, h] @ q[t, h] / sqrt(channels))
@@ -74,9 +79,9 @@ def oracle(layer: RoutedHeads, x: Tensor, lengths: list[int], routing: Routing) 
 @pytest.mark.parametrize(
     "config", [{"shared": 1, "bias": True}, {"shared": 0, "positions": None}], ids=["shared, bias, rotary", "plain"]
 )
-@pytest.mark.parametrize("name", NOISELESS)
-def test_values_and_gradients_match_the_oracle(name: str, config: dict[str, Any]) -> None:
-    layer = layer_of(ROUTERS[name], heads=8 + config["shared"], head_width=4, **config)
+@pytest.mark.parametrize(("name", "training"), [*product(NOISELESS, [True]), *product(LEARNED, [False])])
+def test_values_and_gradients_match_the_oracle(name: str, training: bool, config: dict[str, Any]) -> None:
+    layer = layer_of(ROUTERS[name], heads=8 + config["shared"], head_width=4, **config).train(training)
     x, tokens = torch.randn(sum(LENGTHS), WIDTH, requires_grad=True), tokens_of(LENGTHS)
     fast, stats = layer(x, pack_lengths(LENGTHS), tokens)
     routing = oracles.route(layer.router, x, tokens)
@@ -143,6 +148,35 @@ def test_a_router_without_an_opinion_leaves_the_chosen_heads_as_softmax_attentio
         heads = [*range(shared), *(shared + e for e in row if e >= 0)]
         expected = softmax_of(layer, heads)(x, batch, tokens)[0][t] if heads else layer.output_bias
         assert_close(found[t], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("gates", ["straight_through", "softmax"])
+@pytest.mark.parametrize("kind", ["learned", "measured"])
+def test_useful_heads_that_are_not_chosen_at_the_start_are_found(kind: str, gates: str, seed: int) -> None:
+    """The router alone learns. Two random heads make the target; what the others add is nothing, so tells nothing."""
+    torch.manual_seed(seed)
+    router = {"kind": kind, "top_k": 2, "gates": gates}
+    target = RoutedHeads(RoutedHeadsConfig(heads=6, shared=0, head_width=4, positions=None, router=router), WIDTH)
+    layer = deepcopy(target)
+    useful = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    with torch.no_grad():
+        for heads in (layer, target):
+            heads.output[2:] = 0
+        target.eval().router.weight.copy_(9 * useful)
+        layer.router.weight.copy_(0.1 * torch.randn(6) - 0.5 * useful)
+    batch, tokens = pack_lengths([8, 8]), tokens_of([8, 8])
+    optimizer, found = torch.optim.Adam(layer.router.parameters(), lr=0.05), []
+    for _ in range(40):
+        x = torch.randn(16, WIDTH)
+        y, stats = layer(x, batch, tokens)
+        found.append(sorted(stats.assigned.topk(2).indices.tolist()))
+        loss = (y - target(x, batch, tokens)[0].detach()).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert not {0, 1} & set(found[0])
+    assert layer.eval()(x, batch, tokens)[1].assigned.tolist() == [16, 16, 0, 0, 0, 0]
 
 
 def test_three_heads_literal() -> None:
