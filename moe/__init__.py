@@ -1,5 +1,6 @@
 """moe: the encoder that obeys the router."""
 
+from moe.attention.from_softmax import routed_heads_from_softmax
 from moe.attention.pruning import prune_heads
 from moe.batch import PackedBatch, pack, pack_lengths, unpack
 from moe.config import EncoderConfig
@@ -18,6 +19,7 @@ __all__ = [
     "pack",
     "pack_lengths",
     "prune_heads",
+    "routed_heads_from_softmax",
     "save_pretrained",
     "unpack",
 ]
