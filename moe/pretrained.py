@@ -29,7 +29,7 @@ def save_pretrained(
     Args:
         model: whose config, and unless `tensors` is given weights, are saved.
         folder: created if need be.
-        tokenizer: the content of a `tokenizer.json`.
+        tokenizer: the content of a `tokenizer.json`; without it the folder has none, whatever the model was read from.
         tensors: weights by canonical name, where the model itself holds only a part of them (ZeRO-3).
 
     Raises:

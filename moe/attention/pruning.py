@@ -21,7 +21,10 @@ def prune_heads(model: Model) -> Model:
     """A copy of a model whose input-independent routers are gone, with the heads they don't choose.
 
     Their layers become softmax attention over the heads that are left, their gates in the output projection: at
-    evaluation the outputs are the same. The copy's config says so, so that it can be saved and loaded.
+    evaluation the outputs are the same. The copy's config says so, so that it can be saved and loaded. A model knows no
+    tokenizer: who saves it for later use hands the old folder's on, `save_pretrained(prune_heads(from_pretrained(old)),
+    new, (Path(old) / "tokenizer.json").read_text(encoding="utf-8"))`. Frozen projections stay frozen; queries, keys and
+    values, which are one projection then, if all of them were.
 
     Args:
         model: an encoder, or a model with one; not one whose parameters are partitioned (ZeRO-3).
@@ -90,6 +93,14 @@ def pruned_attention(attention: RoutedHeads) -> SoftmaxAttention:
         tensors["qkv.bias"] = torch.cat([b.flatten() for b in (left.query_bias, *left.key_value_bias.unbind(1))])
         tensors["output.bias"] = attention.output_bias
     plain.load_state_dict(tensors)
+    before = {
+        "qkv.weight": (attention.query, attention.key_value),
+        "qkv.bias": (attention.query_bias, attention.key_value_bias),
+        "output.weight": (attention.output,),
+        "output.bias": (attention.output_bias,),
+    }
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(any(part is not None and part.requires_grad for part in before[name]))
     return plain
 
 

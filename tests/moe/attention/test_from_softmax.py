@@ -87,7 +87,7 @@ def test_what_is_given_is_left_alone() -> None:
         (
             {"bias": True},
             {},
-            "bias: false has the tensors output.weight, qkv.weight, but .*qkv.bias.*set bias as it is",
+            "bias: false has the tensors output.weight, qkv.weight, but .*qkv.bias.*set bias as there",
         ),
         ({}, {"bias": True}, "bias: true has the tensors output.bias, .*but output.weight, qkv.weight are given"),
         ({"positions": {"kind": "t5"}}, {}, "core.bias.weight.*learned positions have no place in routed heads"),

@@ -66,6 +66,25 @@ def test_a_pruned_layer_in_an_override_keeps_dtype_and_mode() -> None:
     assert all(parameter.requires_grad for parameter in pruned.parameters())
 
 
+def test_what_is_frozen_stays_frozen() -> None:
+    model = model_of({**HEADS, "shared": 1, "bias": True, "router": ROUTERS["softmax"]})
+    first, second = (model.encoder.blocks[n].attention for n in (1, 2))
+    for frozen in (first.query, first.output, first.key_value_bias, second.query, second.key_value, second.output_bias):
+        frozen.requires_grad_(False)
+    pruned = prune_heads(model)
+    left = [{n for n, p in pruned.encoder.blocks[i].attention.named_parameters() if p.requires_grad} for i in (1, 2)]
+    assert left == [{"qkv.weight", "qkv.bias", "output.bias"}, {"qkv.bias", "output.weight"}]
+    assert not any(p.requires_grad for p in prune_heads(model.requires_grad_(False)).parameters())
+
+
+def test_a_saved_model_is_pruned_with_its_tokenizer_handed_on(tmp_path: Path) -> None:
+    """As the docstring says."""
+    save_pretrained(model_of({**HEADS, "router": ROUTERS["softmax"]}), tmp_path / "old", '{"words": "\u00e9"}')
+    tokenizer = (tmp_path / "old" / "tokenizer.json").read_text(encoding="utf-8")
+    save_pretrained(prune_heads(from_pretrained(tmp_path / "old")), tmp_path / "new", tokenizer)
+    assert (tmp_path / "new" / "tokenizer.json").read_bytes() == (tmp_path / "old" / "tokenizer.json").read_bytes()
+
+
 def test_a_model_without_such_heads_is_refused() -> None:
     with pytest.raises(ValueError, match="no layer of this model has heads that can be pruned"):
         prune_heads(model_of({**HEADS, "router": {"kind": "token_choice"}}))
