@@ -1,6 +1,6 @@
 """What a run reports: TensorBoard for the record, the console for the person in front of it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -25,10 +25,19 @@ class RunLog:
     """Collects step results, and every `every` steps writes their figures. Used on the main rank alone.
 
     Loads are reported of the last step and of the window since the last report: experts that take turns
-    look balanced over a window.
+    look balanced over a window. `alike` names the routers that choose the same for all input: they leave most choices
+    without a token by design, so of them neither balance nor dead choices are told.
     """
 
-    def __init__(self, folder: Path, every: int, first_step: int, max_steps: int, console: Console) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        every: int,
+        first_step: int,
+        max_steps: int,
+        console: Console,
+        alike: Collection[str] = (),
+    ) -> None:
         try:
             self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
         except OSError as error:
@@ -36,6 +45,7 @@ class RunLog:
         self._lost = False  # whether the record could not be written, which doesn't stop a run
         self._every = every
         self._console = console
+        self._alike = alike
         self._window: list[StepResult] = []
         self._seconds: list[float] = []  # of the window's steps
         self._lr = 0.0
@@ -83,7 +93,7 @@ class RunLog:
             self._writer.add_scalar("loss/held_out", evaluation.loss, step)
             reports = {name: report(stats) for name, stats in evaluation.routing.items()}
             for name, figures in reports.items():
-                _write_report(self._writer, f"routing_held_out/{name}", figures, step)
+                self._write_report("routing_held_out", name, figures, step)
             if reports:
                 self._writer.add_image("routing_held_out/load", load_image(reports), step, dataformats="HWC")
         self._console.print(f"step {step}: held-out loss {evaluation.loss:.4f}")
@@ -100,7 +110,7 @@ class RunLog:
 
     def _line(self) -> str:
         last = self._window[-1]
-        worst = max((report(stats).max_over_mean for stats in last.routing.values()), default=None)
+        worst = worst_balance(last.routing, self._alike)
         balance = "" if worst is None else f"  worst max/mean {worst:.2f}"
         return f"loss {last.parts['masked_lm']:.3f}  {self._tokens_per_second():,.0f} tokens/s{balance}"
 
@@ -117,18 +127,22 @@ class RunLog:
         self._writer.add_scalar("optimizer/gradient_norm", last.grad_norm, step)
         self._writer.add_scalar("speed/tokens_per_second", self._tokens_per_second(), step)
         for name, stats in last.routing.items():
-            _write_report(self._writer, f"routing_step/{name}", report(stats), step)
+            self._write_report("routing_step", name, report(stats), step)
             window = add_stats([result.routing[name] for result in self._window])
-            _write_report(self._writer, f"routing_window/{name}", report(window), step)
+            self._write_report("routing_window", name, report(window), step)
+
+    def _write_report(self, view: str, name: str, figures: RoutingReport, step: int) -> None:
+        scalars = {"entropy": figures.entropy, "dropped_fraction": figures.dropped_fraction}
+        if name not in self._alike:
+            scalars |= {"max_over_mean": figures.max_over_mean, "dead": figures.dead}
+        scalars |= {f"load/{choice:03d}": share for choice, share in enumerate(figures.load)}
+        for figure, value in scalars.items():
+            self._writer.add_scalar(f"{view}/{name}/{figure}", value, step)
 
 
-def _write_report(writer: SummaryWriter, prefix: str, figures: RoutingReport, step: int) -> None:
-    writer.add_scalar(f"{prefix}/max_over_mean", figures.max_over_mean, step)
-    writer.add_scalar(f"{prefix}/entropy", figures.entropy, step)
-    writer.add_scalar(f"{prefix}/dropped_fraction", figures.dropped_fraction, step)
-    writer.add_scalar(f"{prefix}/dead", figures.dead, step)
-    for choice, share in enumerate(figures.load):
-        writer.add_scalar(f"{prefix}/load/{choice:03d}", share, step)
+def worst_balance(routing: Mapping[str, RoutingStats], alike: Collection[str] = ()) -> float | None:
+    """The highest max/mean of the routers, without those that choose the same for all input; None if none is left."""
+    return max((report(stats).max_over_mean for name, stats in routing.items() if name not in alike), default=None)
 
 
 def load_image(reports: Mapping[str, RoutingReport]) -> np.ndarray:
@@ -148,20 +162,21 @@ def load_image(reports: Mapping[str, RoutingReport]) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
-def routing_table(routing: Mapping[str, RoutingStats]) -> Table:
-    """One row per router, for the console."""
+def routing_table(routing: Mapping[str, RoutingStats], alike: Collection[str] = ()) -> Table:
+    """One row per router, for the console; of those that are `alike` for all input, only what they choose."""
     table = Table(title="Routing on held-out text", title_justify="left", box=box.SIMPLE)
     for heading in ("router", "max/mean", "entropy", "dropped", "dead", "load of each, %"):
         table.add_column(heading, justify="left" if heading == "router" else "right")
     for name, stats in routing.items():
         figures = report(stats)
         share = _shares(figures.load)
+        balanced = name not in alike
         table.add_row(
             name,
-            f"{figures.max_over_mean:.2f}",
+            f"{figures.max_over_mean:.2f}" if balanced else "-",
             f"{figures.entropy:.2f} of {np.log(len(figures.load)):.2f}",
             f"{figures.dropped_fraction:.1%}",
-            str(figures.dead),
+            str(figures.dead) if balanced else "-",
             share,
         )
     return table

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe.files import write_file
 from moe.heads import MaskedLM
 from moe.pretrained import TOKENIZER, load_weights, save_pretrained
-from routing import report
+from routing import Learned, Measured, report
 from routing.errors import UserError
 from training.checkpoint import Checkpoints
 from training.checkpoint_files import TrainState
@@ -34,7 +34,7 @@ from training.engine import (
 )
 from training.evaluate import Evaluation, evaluate
 from training.loop import train
-from training.metrics import RunLog, routing_table
+from training.metrics import RunLog, routing_table, worst_balance
 from training.optimizer_state import load_moments, on_main_rank, whole_parameters
 from training.resume import Checkpoint, agreed_checkpoint, read_checkpoint, restore_rng
 from training.run_dir import claimed
@@ -151,9 +151,9 @@ def pretrain(run: RunConfig) -> Summary | None:
             + (f", resumed from {source}" if source else "")
             + f"\nheld-out loss {before.loss:.4f}, unigram entropy {entropy:.4f} nats"
         )
-        log = None
+        log, alike = None, _alike(engine.module)
         if ranks.is_main:
-            log = RunLog(folder / "tensorboard", run.log.every, state.step, run.train.max_steps, console)
+            log = RunLog(folder / "tensorboard", run.log.every, state.step, run.train.max_steps, console, alike)
         tokenizer = data.tokenizer.to_str(pretty=True)
         if log and not state.step:
             log.evaluation(0, before)
@@ -166,9 +166,9 @@ def pretrain(run: RunConfig) -> Summary | None:
         if log is None:
             return None
         save_pretrained(engine.module, folder / "model", tokenizer, weights)
-        summary = _summary(state, after, entropy, ranks)
+        summary = _summary(state, after, entropy, ranks, alike)
         write_file(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-        console.print(routing_table(after.routing) if after.routing else "no routed layer")
+        console.print(routing_table(after.routing, alike) if after.routing else "no routed layer")
         console.print(
             f"held-out loss {state.initial_eval_loss:.4f} -> {after.loss:.4f} nats; unigram entropy {entropy:.4f}\n"
             f"model: {folder / 'model'}\nsummary: {folder / 'summary.json'}\n"
@@ -195,8 +195,16 @@ def _refuse_other_data(checkpoint: Checkpoint, sequences: str) -> None:
         )
 
 
-def _summary(state: TrainState, after: Evaluation, entropy: float, ranks: Ranks) -> Summary:
-    """Losses in nats per target; routing of the worst layer on held-out text, null without routers."""
+def _alike(model: MaskedLM) -> set[str]:
+    """Routers that choose the same for all input, so that their load isn't to be balanced."""
+    return {name for name, router in model.encoder.routers().items() if isinstance(router, Learned | Measured)}
+
+
+def _summary(state: TrainState, after: Evaluation, entropy: float, ranks: Ranks, alike: set[str]) -> Summary:
+    """Losses in nats per target; routing of the worst layer on held-out text, null without routers.
+
+    Routers that are `alike` for all input don't count as unbalanced.
+    """
     reports = [report(stats) for stats in after.routing.values()]
     return {
         "steps": state.step,
@@ -207,7 +215,7 @@ def _summary(state: TrainState, after: Evaluation, entropy: float, ranks: Ranks)
         "initial_eval_loss": state.initial_eval_loss,  # held-out
         "eval_loss": after.loss,
         "unigram_entropy": entropy,
-        "load_max_over_mean": max((r.max_over_mean for r in reports), default=None),
+        "load_max_over_mean": worst_balance(after.routing, alike),
         "dropped_fraction": max((r.dropped_fraction for r in reports), default=None),
         "world_size": ranks.world,
     }

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from routing import RoutingReport, RoutingStats
 from training.evaluate import Evaluation
-from training.metrics import RunLog, load_image, routing_table
+from training.metrics import RunLog, load_image, routing_table, worst_balance
 from training.step import StepResult
 
 
@@ -79,6 +79,34 @@ def test_experts_that_take_turns_look_collapsed_in_a_step_and_balanced_in_the_wi
     assert curves["routing_window/0.experts/entropy"] == [(2, 0.5)]
     assert "step 2: loss 2.000" in printed(console)
     assert "worst max/mean 2.00" in printed(console)
+
+
+def test_routers_that_choose_the_same_for_all_input_are_not_unbalanced(tmp_path: Path, console: Console) -> None:
+    routing = {"0.heads": stats([0, 8, 0, 0]), "0.experts": stats([6, 2])}
+    only = {"0.heads": routing["0.heads"]}
+    step = result(1.0, [6, 2])._replace(routing=routing)
+    with RunLog(tmp_path, every=1, first_step=0, max_steps=9, console=console, alike={"0.heads"}) as log:
+        log.step(1, step, lr=1.0, seconds=2.0)
+        log.evaluation(1, Evaluation(2.5, routing))
+        log.step(2, step._replace(routing=only), lr=1.0, seconds=2.0)
+    assert [line for line in printed(console).splitlines() if "max/mean" in line] == [
+        "step 1: loss 1.000  4 tokens/s  worst max/mean 1.50"
+    ]
+    for view in ("routing_step", "routing_window", "routing_held_out"):
+        told = {tag.removeprefix(f"{view}/") for tag in scalars(tmp_path) if tag.startswith(view)}
+        shares = {f"load/{choice:03d}" for choice in range(4)}
+        assert {tag for tag in told if "heads" in tag} == {
+            f"0.heads/{figure}" for figure in ("entropy", "dropped_fraction", *shares)
+        }
+        assert {"0.experts/max_over_mean", "0.experts/dead"} < told
+    assert (worst_balance(routing), worst_balance(routing, {"0.heads"}), worst_balance(only, only)) == (4.0, 1.5, None)
+    console.print(routing_table(routing, {"0.heads"}))
+    lines = [line.strip() for line in printed(console).splitlines()]
+    rows = [re.split(" {2,}", line) for line in lines if line.startswith(("0.heads", "0.experts"))]
+    assert rows == [
+        ["0.heads", "-", "0.50 of 1.39", "0.0%", "-", "0 100 0 0"],
+        ["0.experts", "1.50", "0.50 of 0.69", "0.0%", "0", "75 25"],
+    ]
 
 
 def test_windows_do_not_overlap(tmp_path: Path, console: Console) -> None:

@@ -297,6 +297,26 @@ def test_an_exploding_run_stops_before_it_saves_anything(
     assert not (run / "summary.json").exists()
 
 
+@pytest.mark.parametrize("experts", [True, False])
+def test_heads_that_all_input_takes_do_not_count_as_unbalanced(
+    tiny: dict[str, Any], capsys: pytest.CaptureFixture[str], experts: bool
+) -> None:
+    heads = {"kind": "routed_heads", "heads": 4, "shared": 0, "router": {"kind": "learned", "top_k": 1}}
+    measured = {**heads, "router": {"kind": "measured", "top_k": 1}}
+    block = {"attention": heads} | ({"feed_forward": tiny["model"]["block"]["feed_forward"]} if experts else {})
+    tiny["model"] |= {"block": block, "overrides": [{"layers": [1], "attention": measured}]}
+    tiny["train"] |= {"max_steps": 2}
+    summary = pretrain(RunConfig.model_validate(tiny))
+    rows = {words[0]: words for words in map(str.split, capsys.readouterr().out.splitlines()) if words}
+    assert rows["0.heads"][1] == rows["1.heads"][1] == "-"
+    assert sorted(rows["0.heads"][-4:]) == ["0", "0", "0", "100"]
+    if experts:
+        worst = max(float(rows[f"{layer}.experts"][1]) for layer in (0, 1))
+        assert summary["load_max_over_mean"] == pytest.approx(worst, abs=0.006)
+    else:
+        assert summary["load_max_over_mean"] is None
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_non_finite_loss_leaves_the_parameters_alone(
     tiny: dict[str, Any], alone: Ranks, monkeypatch: pytest.MonkeyPatch, stage: int
