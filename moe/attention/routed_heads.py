@@ -48,9 +48,9 @@ class RoutedHeadsConfig(Config):
     """
 
     kind: Literal["routed_heads"] = "routed_heads"
-    heads: int = Field(default=8, ge=1)  # shared and routed ones
+    heads: int = Field(default=4, ge=1)  # shared and routed ones
     head_width: int | None = Field(default=None, ge=1)  # channels of a head; None: the model's width over the heads
-    shared: int = Field(default=2, ge=0)  # heads that are always on
+    shared: int = Field(default=1, ge=0)  # heads that are always on
     router: HeadRouterConfig = TokenChoiceConfig()  # of the others
     positions: RotaryConfig | None = RotaryConfig()  # None: order isn't seen here
     bias: bool = False  # of the projections, as published models have it

@@ -109,7 +109,7 @@ def test_routed_heads_are_in_the_graph() -> None:
     overrides = [
         {
             "layers": [layer],
-            "attention": {"kind": "routed_heads", "heads": 10, "head_width": 4, "router": ROUTERS[name]},
+            "attention": {"kind": "routed_heads", "heads": 9, "head_width": 4, "router": ROUTERS[name]},
         }
         for layer, name in enumerate(chosen)
     ]

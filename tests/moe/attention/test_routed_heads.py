@@ -241,6 +241,12 @@ def test_heads_that_cannot_be_routed_are_refused(config: dict[str, Any], message
         RoutedHeadsConfig(**config)
 
 
+def test_by_default_there_are_as_many_heads_as_in_softmax_attention_and_a_token_takes_three_of_four() -> None:
+    config = RoutedHeadsConfig()
+    assert (config.heads, config.shared, config.router.mean_choices(config.routed)) == (4, 1, 2)
+    assert SoftmaxAttentionConfig().heads == config.heads
+
+
 def test_rotary_positions_need_heads_of_even_width() -> None:
     with pytest.raises(ValidationError, match=r"layer 0: head_width is 3.*set an even head_width or positions: null"):
         EncoderConfig(width=16, block={"attention": {"kind": "routed_heads", "head_width": 3}})
