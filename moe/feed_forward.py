@@ -101,7 +101,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[.., D]` -> `[.., D]`."""
-        return self.down(activate(self.up(x), self.activation))
+        return self.down(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The first half, `[.., D]` -> `[.., hidden]`; `down` is the other."""
+        return activate(self.up(x), self.activation)
 
 
 class GroupedFeedForward(nn.Module):

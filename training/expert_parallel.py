@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from moe.experts.dispatch import DispatchPlan, combine_rows, plan_rows
 from moe.experts.experts import Experts
-from moe.experts.layer import MoEFeedForward, SharedExpert, dispatch_locally
+from moe.experts.layer import MoEFeedForward, dispatch_locally
+from moe.feed_forward import FeedForward
 from routing import Routing
 
 
@@ -97,13 +98,14 @@ class AllToAll:
 
     A rank sends a row for each of its kept assignments, dropping none, so the ranks first tell each other how many will
     come. The host needs these numbers too: on a GPU it waits for them, once per layer. The shared expert works while
-    rows travel, in the backward pass as well. Collective, forward and backward, also for a rank without tokens.
+    rows travel: its first half on their way to the experts, its second on their way back. In the backward pass
+    too, the second half first. Collective, forward and backward, also for a rank without tokens.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    def __call__(self, experts: Experts, x: Tensor, routing: Routing, shared: SharedExpert | None = None) -> Tensor:
+    def __call__(self, experts: Experts, x: Tensor, routing: Routing, shared: FeedForward | None = None) -> Tensor:
         """`[T, D]` -> `[T, D]`; `experts` holds this rank's E / n."""
         kind = x.device.type
         rows = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
@@ -115,11 +117,13 @@ class AllToAll:
         plan = _without_unowned(plan, sum(splits.sent))
         there = Exchange(splits, self.group)
         under_way = there.start(rows.index_select(0, plan.assignments // plan.row_of.shape[1]))
-        beside = None if shared is None else shared(x)
+        hidden = None if shared is None else shared.hidden(x)
         arrived = there.finish(under_way)
         answers = dispatch_locally(experts, arrived, _one_choice_each(arriving, len(arrived)))
         back = Exchange(Splits(*reversed(splits)), self.group)
-        y = combine_rows(back.finish(back.start(answers)), routing.weights, plan)
+        under_way = back.start(answers)
+        beside = None if shared is None else shared.down(hidden)
+        y = combine_rows(back.finish(under_way), routing.weights, plan)
         return y if beside is None else y + beside
 
 

@@ -1,6 +1,5 @@
 """The mixture-of-experts feed-forward layer. Shape legend in `routing/types.py`."""
 
-from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -11,21 +10,19 @@ from moe.experts.experts import Experts
 from moe.feed_forward import FeedForward
 from routing import Routing, RoutingStats, Tokens, build_router, route
 
-SharedExpert = Callable[[Tensor], Tensor]  # [T, D] -> [T, D]
-
 
 class Dispatcher(Protocol):
     """What takes tokens to the experts they chose and brings them back weighted, `[T, D]` -> `[T, D]`.
 
     It adds what the shared expert makes of all tokens, if there is one: a dispatcher that has to wait for rows can let
-    it work meanwhile. Where experts lie on several ranks, `training.expert_parallel` puts its own in place of
-    `dispatch_locally`.
+    its halves, `hidden` and `down`, work meanwhile. Where experts lie on several ranks, `training.expert_parallel` puts
+    its own in place of `dispatch_locally`.
     """
 
-    def __call__(self, experts: Experts, x: Tensor, routing: Routing, shared: SharedExpert | None = None) -> Tensor: ...
+    def __call__(self, experts: Experts, x: Tensor, routing: Routing, shared: FeedForward | None = None) -> Tensor: ...
 
 
-def dispatch_locally(experts: Experts, x: Tensor, routing: Routing, shared: SharedExpert | None = None) -> Tensor:
+def dispatch_locally(experts: Experts, x: Tensor, routing: Routing, shared: FeedForward | None = None) -> Tensor:
     """All experts are here."""
     y = experts(x, routing.weights, plan_rows(routing))
     return y if shared is None else y + shared(x)

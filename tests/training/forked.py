@@ -7,7 +7,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import torch._dynamo  # noqa: F401  torch asks for it when the first optimizer is made
+import torch._dynamo  # torch asks for it when the first optimizer is made
+import torch._inductor.compile_fx  # noqa: F401  DeepSpeed asks for it when the first one of ZeRO's is made
 
 import training.pretrain  # noqa: F401
 

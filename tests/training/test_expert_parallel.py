@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from moe.config import ExpertsConfig
 from moe.experts.layer import MoEFeedForward
@@ -23,30 +24,46 @@ def test_spread_layers_match_whole_ones_under_every_router_and_no_row_is_lost() 
     run_ranks(2, "compare_spread_layers")
 
 
-def test_the_shared_expert_works_while_rows_travel(alone: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = MoEFeedForward(ExpertsConfig(count=4, width=16, shared_width=8), width=8)
-    shard_experts(layer, dist.group.WORLD)
-    happened: list[str] = []
+FORWARD = ["start 0", "up", "wait 0", "experts", "start 1", "down", "wait 1"]  # 0 to the experts, 1 back
+BACKWARD = ["start 1", "down", "wait 1", "experts", "start 0", "up", "wait 0"]
 
-    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            happened.append(name)
-            return function(*arguments)
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_shared_expert_works_while_rows_travel_there_and_back(
+    recompute: bool, alone: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = MoEFeedForward(ExpertsConfig(count=4, width=16, shared_width=8, activation="swiglu"), width=8)
+    shard_experts(layer, dist.group.WORLD)
+    assert layer.shared is not None
+    happened: list[str] = []
+    exchanges: list[Exchange] = []  # two in each forward pass
+
+    def noted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(exchange: Exchange, *arguments: Any) -> Any:
+            if exchange not in exchanges:
+                exchanges.append(exchange)
+            happened.append(f"{name} {exchanges.index(exchange) % 2}")
+            return method(exchange, *arguments)
 
         return call
 
-    def note_shared(module: Any, arguments: Any, output: Tensor) -> None:
-        happened.append("shared")
-        output.register_hook(lambda _: happened.append("shared"))
+    def note_module(name: str) -> Callable[[Any, Any, Tensor], None]:
+        def note(module: Any, arguments: Any, output: Tensor) -> None:
+            happened.append(name)
+            output.register_hook(lambda _: happened.append(name))
 
-    monkeypatch.setattr(Exchange, "_send", noted("send", Exchange._send))
+        return note
+
+    monkeypatch.setattr(Exchange, "_send", noted("start", Exchange._send))
     monkeypatch.setattr(Exchange, "_wait", noted("wait", Exchange._wait))
-    layer.shared.register_forward_hook(note_shared)  # type: ignore[union-attr]
-    y, _ = layer(torch.randn(5, 8, requires_grad=True), tokens_of([5]))
-    assert happened == ["send", "shared", "wait", "send", "wait"]
+    for name, module in {"up": layer.shared.up, "down": layer.shared.down, "experts": layer.experts}.items():
+        module.register_forward_hook(note_module(name))
+    x, tokens = torch.randn(5, 8, requires_grad=True), tokens_of([5])
+    y, _ = checkpoint(layer, x, tokens, use_reentrant=False) if recompute else layer(x, tokens)
+    assert happened == FORWARD
     happened.clear()
     y.sum().backward()
-    assert happened == ["send", "wait", "send", "shared", "wait"]
+    assert happened == [*(FORWARD if recompute else []), *BACKWARD]
 
 
 def test_ranks_that_are_no_whole_groups_are_refused_before_anything_is_done(

@@ -10,17 +10,33 @@ from typing import Any
 
 import pytest
 
-from tests.training.conftest import ROOT, saved_bits, write_yaml
+from tests.training.conftest import ROOT, saved_bits, stream_of, tiny_data, write_yaml
+from training.checkpoint_files import read_state
+
+pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize(("world", "kills"), [(1, 13), (2, 7)])
-def test_twenty_kills_cost_no_checkpoint_and_no_bit(
-    tiny: dict[str, Any], tmp_path: Path, world: int, kills: int
-) -> None:
-    tiny["optimizer"]["schedule"]["decay"] = 0.0  # so that the learning rate doesn't depend on the run's length
-    tiny["train"]["evaluate_every"] = 100_000
-    config = str(write_yaml(tmp_path / "run.yaml", tiny))
+@pytest.fixture
+def data(tmp_path: Path, text_file: Path, cache_dir: Path) -> dict[str, Any]:
+    data = tiny_data(tmp_path, text_file, cache_dir)
+    data["optimizer"]["schedule"]["decay"] = 0.0  # so that the learning rate doesn't depend on the run's length
+    data["train"]["evaluate_every"] = 100_000
+    return data
+
+
+def test_thirteen_kills_cost_one_process_no_checkpoint_and_no_bit(data: dict[str, Any], tmp_path: Path) -> None:
+    kill(data, tmp_path, world=1, kills=13)
+
+
+def test_seven_kills_cost_two_ranks_none_with_spread_experts_and_a_stream(data: dict[str, Any], tmp_path: Path) -> None:
+    data["parallel"] = {"expert": 2, "zero_stage": 1}
+    data["data"]["corpus"] = stream_of(tmp_path)
+    kill(data, tmp_path, world=2, kills=7)
+
+
+def kill(data: dict[str, Any], tmp_path: Path, world: int, kills: int) -> None:
+    """Kill a run at random moments, at least two of them while it saves, and compare it with one in one go."""
+    config = str(write_yaml(tmp_path / "run.yaml", data))
     seed = random.randrange(10**6)
     process = subprocess.run(
         [sys.executable, "-m", "tests.training.killed_runs", config, str(tmp_path), str(world), str(kills), str(seed)],
@@ -36,4 +52,6 @@ def test_twenty_kills_cost_no_checkpoint_and_no_bit(
     met = re.search(r"(\d+) of \d+ kills met a checkpoint", process.stdout)
     assert met is not None, told
     assert int(met[1]) >= 2, told
-    assert saved_bits(tmp_path / "run-last") == saved_bits(tmp_path / "whole-last"), told
+    last, whole = tmp_path / "run-last", tmp_path / "whole-last"
+    assert saved_bits(last) == saved_bits(whole), told
+    assert read_state(last)._replace(seconds=0.0) == read_state(whole)._replace(seconds=0.0), told

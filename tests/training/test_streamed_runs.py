@@ -1,13 +1,11 @@
 """Runs whose text is a stream: they go on with the very same documents, on any ranks."""
 
-import json
 from pathlib import Path
-from pydoc_data import topics
 from typing import Any
 
 import pytest
 
-from tests.training.conftest import run_ranks, tiny_data, without_dropout, write_yaml
+from tests.training.conftest import run_ranks, stream_of, tiny_data, without_dropout, write_yaml
 from tests.training.workers import pretrain_all
 from training.checkpoint_files import TrainState, find_fault, read_state
 from training.cli import main
@@ -21,12 +19,7 @@ pytestmark = pytest.mark.usefixtures("alone")
 def streamed_data(folder: Path, text_file: Path, cache_dir: Path) -> dict[str, Any]:
     """The exact run over three files in four lanes, six steps, each of them saved; all of it in `folder`."""
     data = without_dropout(tiny_data(folder, text_file, cache_dir))
-    paragraphs = [p for name in sorted(topics.topics)[:12] for p in topics.topics[name].split("\n\n")]
-    for file in range(3):
-        rows = [json.dumps({"text": text}) for text in paragraphs[file::3][: 60 - 9 * file]]
-        (folder / f"{file}.jsonl").write_text("\n".join(rows))
-    of = {"kind": "jsonl", "files": [f"{folder}/*.jsonl"]}
-    data["data"]["corpus"] = {"kind": "stream", "of": of, "lanes": 4, "window": 16, "sample": 120}
+    data["data"]["corpus"] = stream_of(folder)
     data["checkpoint"] = {"every": 1, "keep": 9}
     return data
 
