@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -34,6 +34,8 @@ from training.launch.failure import lost_others, message_of
 
 USER_ERROR = 2  # the exit code for what the user can mend
 INTERRUPTED = 130
+
+_STOPPED = "stopped; the same command goes on from the last whole checkpoint, or begins if there is none"
 
 
 class Rendezvous(NamedTuple):
@@ -93,6 +95,9 @@ def run_ranks(ranks: int, command: list[str], meeting: Rendezvous = ONE_MACHINE,
             try:
                 with agent.handling_signals():
                     result = agent.run()
+            except KeyboardInterrupt:  # no rank runs
+                _say(_STOPPED)
+                return INTERRUPTED
             finally:
                 meeting_place.shutdown()  # so that other machines don't wait for this one
         except RendezvousTimeoutError as error:
@@ -113,6 +118,35 @@ class _Agent(LocalElasticAgent):
     """Torch's agent, which doesn't restart what ended for good, and says what happened."""
 
     asked = 0  # how often somebody asked to stop
+    waits_for_others = False  # on other machines; no rank runs on this one
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        with self._waiting_for_others():
+            if self.asked:  # while the last ranks were ended
+                raise KeyboardInterrupt
+            super()._rendezvous(worker_group)
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        started = super()._start_workers(worker_group)
+        if self.asked:  # meanwhile
+            self._pass_on()
+        return started
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        super()._stop_workers(worker_group)
+        self._pcontext = None  # whoever has these process ids later isn't meant by a signal
+
+    def _exit_barrier(self) -> None:
+        with suppress(KeyboardInterrupt), self._waiting_for_others():
+            super()._exit_barrier()
+
+    @contextmanager
+    def _waiting_for_others(self) -> Iterator[None]:
+        self.waits_for_others = True
+        try:
+            yield
+        finally:
+            self.waits_for_others = False
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
@@ -141,10 +175,12 @@ class _Agent(LocalElasticAgent):
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
         self.asked += 1
-        ranks = self._pcontext.pids().values() if self._pcontext else ()
-        if not ranks:
+        if self.waits_for_others:
             raise KeyboardInterrupt
-        for rank in ranks:
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        for rank in self._pcontext.pids().values() if self._pcontext else ():
             try:
                 # Each leads a session of its own, so that Ctrl-C doesn't reach it twice.
                 os.killpg(rank, signal.SIGTERM if self.asked == 1 else signal.SIGKILL)
@@ -155,9 +191,11 @@ class _Agent(LocalElasticAgent):
         """Of the whole launch."""
         if result is None or not result.is_failed():
             return 0
-        if self.asked:
-            return INTERRUPTED
         _, failure = first_failure(result.failures)
+        if self.asked:
+            if failure.exitcode not in (INTERRUPTED, USER_ERROR):  # with these the rank has told
+                _say(_STOPPED)
+            return INTERRUPTED
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
 
 
