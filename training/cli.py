@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from training.process import end_with_parent, launched, tune_cpu
+from training.process import end_forks_with_parent, end_with_parent, launched, tune_cpu
 
 tune_cpu()  # before anything imports torch
+end_forks_with_parent()
 
 from routing.errors import UserError  # noqa: E402
 

@@ -1,0 +1,38 @@
+"""No process outlives the one that it works for, however that ends."""
+
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from tests.training.conftest import ROOT
+from tests.training.launch.processes import wait_for
+
+# As `datasets` tokenizes with data.num_proc: a pool of forks.
+POOL = """
+import time, sys
+import training.cli
+import multiprocess
+
+with multiprocess.get_context("fork").Pool(2) as pool:
+    for worker in pool._pool:
+        print(worker.pid, flush=True)
+    pool.map(time.sleep, [1000, 1000])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death is Linux's")
+def test_forks_of_a_killed_process_end_with_it() -> None:
+    process = subprocess.Popen([sys.executable, "-c", POOL], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    workers = [psutil.Process(int(process.stdout.readline())) for _ in range(2)]
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)
+    try:
+        wait_for(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers), 5)
+    finally:
+        for worker in workers:
+            if worker.is_running():
+                worker.kill()
