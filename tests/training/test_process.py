@@ -12,14 +12,16 @@ from tests.training.launch.processes import wait_for
 
 # As `datasets` tokenizes with data.num_proc: a pool of forks.
 POOL = """
-import time, sys
+import os, time
 import training.cli
 import multiprocess
 
+def work(seconds):  # an idle worker would hear that its queue is closed
+    print(os.getpid(), flush=True)
+    time.sleep(seconds)
+
 with multiprocess.get_context("fork").Pool(2) as pool:
-    for worker in pool._pool:
-        print(worker.pid, flush=True)
-    pool.map(time.sleep, [1000, 1000])
+    pool.map(work, [1000, 1000])
 """
 
 
@@ -29,10 +31,11 @@ def test_forks_of_a_killed_process_end_with_it() -> None:
     assert process.stdout is not None
     workers = [psutil.Process(int(process.stdout.readline())) for _ in range(2)]
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=30)
+    process.wait(30)
     try:
         wait_for(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers), 5)
     finally:
         for worker in workers:
             if worker.is_running():
                 worker.kill()
+        process.stdout.close()
