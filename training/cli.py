@@ -18,7 +18,7 @@ from routing.errors import UserError  # noqa: E402
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; what the user can mend is told in a few lines on stderr, without a traceback."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     if launched():
         end_with_parent()  # no rank outlives its launcher
     try:
@@ -30,6 +30,18 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"moe {options.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(words: list[str] | None) -> argparse.Namespace:
+    """What the words mean; overrides may stand behind options too, where argparse takes no more positional words."""
+    parser = _parser()
+    options, left = parser.parse_known_args(words)
+    wrong = [word for word in left if word.startswith("-") or "=" not in word or "overrides" not in options]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if left:
+        options.overrides += left
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -171,7 +183,7 @@ def _launch(options: argparse.Namespace) -> int:
         raise UserError("say what to launch after --, such as: moe launch --ranks 2 -- pretrain CONFIG.yaml")
     if words[0] == "launch":
         raise UserError("launch can't launch itself; say what to run, such as: -- pretrain CONFIG.yaml")
-    command = _parser().parse_args(words)
+    command = _parse(words)
     # A mistake is told once, not by every rank.
     run = load_run_config(command.config, command.overrides) if command.run is _pretrain else None
     meeting = rendezvous(options.nodes, options.rendezvous, options.last_call)
