@@ -5,15 +5,17 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from training.process import end_forks_with_parent, end_with_parent, launched, tune_cpu
+from training.process import end_forks_with_parent, end_with_parent, launched, quiet_torch, tune_cpu
 
 tune_cpu()  # before anything imports torch
 end_forks_with_parent()
 
-from routing.errors import UserError  # noqa: E402
+with quiet_torch() if sys.argv[1:2] == ["launch"] else nullcontext():  # what befalls a launcher is told in a line
+    from routing.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,6 +3,8 @@
 import ctypes
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
 _PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
@@ -37,6 +39,19 @@ def end_forks_with_parent() -> None:
     program (`subprocess`) is left alone.
     """
     os.register_at_fork(after_in_child=end_with_parent)
+
+
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Import torch within this, and its C++ parts log nothing in this process, unless the variable is set already."""
+    if "TORCH_CPP_LOG_LEVEL" in os.environ:
+        yield
+        return
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
+    try:
+        yield
+    finally:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]
 
 
 def launched() -> bool:

@@ -8,6 +8,7 @@ here: ends that no restart would mend are final, Ctrl-C and SIGTERM save and sto
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -62,12 +63,15 @@ def run_ranks(ranks: int, command: list[str], meeting: Rendezvous = ONE_MACHINE,
         0 if all ranks ended well; the exit code of the rank that failed first, 128 + n if signal n killed it.
 
     Raises:
-        UserError: if no other machine came to the meeting in time.
+        UserError: if the meeting's host isn't known or reached, or no other machine came in time.
     """
+    if meeting is not ONE_MACHINE:
+        _refuse_unknown_host(meeting.endpoint)
     # The agents' store would keep the last group's addresses and offer them to the next, whose connections fail.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # Signals are ours to handle; torch wants to hear of one at least.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is no page of C++ frames
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says is told here, in a line
     host = meeting.endpoint.rpartition(":")[0]
     parameters = RendezvousParameters(
@@ -82,6 +86,12 @@ def run_ranks(ranks: int, command: list[str], meeting: Rendezvous = ONE_MACHINE,
     with tempfile.TemporaryDirectory(prefix="moe-launch-") as folder:
         try:
             meeting_place = get_rendezvous_handler(parameters)
+        except RendezvousConnectionError as error:
+            raise UserError(
+                f"nothing answered at the rendezvous {meeting.endpoint}; start `moe launch` on that machine too, with "
+                "the same --rendezvous, and let the others reach the port"
+            ) from error
+        try:
             spec = WorkerSpec(
                 role="rank",
                 local_world_size=ranks,
@@ -109,9 +119,20 @@ def run_ranks(ranks: int, command: list[str], meeting: Rendezvous = ONE_MACHINE,
             _say("another machine has ended the run")
             return 1
         except (RendezvousConnectionError, RendezvousStateError):
-            _say(f"the rendezvous at {meeting.endpoint} can't be reached (any more); this machine's ranks were ended")
+            _say(f"the rendezvous at {meeting.endpoint} is lost, and with it the run; this machine's ranks were ended")
             return 1
     return agent.exit_code(result)
+
+
+def _refuse_unknown_host(endpoint: str) -> None:
+    host, _, port = endpoint.rpartition(":")
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except (OSError, UnicodeError) as error:
+        raise UserError(
+            f"--rendezvous {endpoint}: the name {host} can't be resolved here ({error}); give a name or an address by "
+            "which all machines reach that one"
+        ) from error
 
 
 class _Agent(LocalElasticAgent):

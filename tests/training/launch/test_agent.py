@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from routing.errors import UserError
 from tests.training.conftest import (
@@ -32,6 +34,7 @@ from tests.training.forked import free_port
 from tests.training.launch.conftest import Start
 from tests.training.launch.processes import assert_no_process_names, checkpoint_beyond, ranks_below, wait_for
 from training.checkpoint_files import find_fault
+from training.cli import main
 from training.config import RunConfig
 from training.launch.agent import describe, first_failure, may_restart, refuse_losing_restarts
 from training.pretrain import pretrain
@@ -131,6 +134,54 @@ def test_after_a_lost_machine_the_others_go_on(uninterrupted: Path, tmp_path: Pa
 
 def listening(pid: int) -> list[Any]:
     return [c for c in psutil.Process(pid).net_connections() if c.status == "LISTEN"]
+
+
+@pytest.mark.distributed
+def test_a_lost_rendezvous_is_told_in_a_line(
+    tiny: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], start: Start
+) -> None:
+    words = ("--ranks", "1", "--nodes", "2", "--rendezvous", f"localhost:{free_port()}", "--restarts", "10000")
+    words += ("--env", "PYTHONHOME=/nowhere", "--", "pretrain", str(write_config(tiny)))
+    first = start(*words)
+    wait_for(lambda: listening(first.pid))
+    second = start(*words)
+    assert first.stderr is not None
+    while not (line := first.stderr.readline()).startswith("moe launch"):
+        assert line
+    first.kill()
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 1
+    told = [line for line in errors.splitlines() if line.startswith("moe launch")]
+    assert "is lost, and with it the run; this machine's ranks were ended" in told[-1]
+    assert all("starting again" in line for line in told[:-1])
+    assert "frame #" not in errors
+    assert "c10d" not in errors
+    assert "Traceback" not in errors
+
+
+def test_a_rendezvous_without_a_machine_is_the_users_to_mend(
+    tiny: dict[str, Any],
+    write_config: Callable[[dict[str, Any]], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def unknown(*_: Any) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    def refused(*_: Any) -> None:
+        raise RendezvousConnectionError
+
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # a launch sets some
+    monkeypatch.setattr("training.launch.agent.get_rendezvous_handler", refused)
+    words = ["launch", "--ranks", "1", "--nodes", "2", "--rendezvous"]
+    rest = ["--", "pretrain", str(write_config(tiny))]
+    assert main([*words, "localhost:1", *rest]) == 2
+    assert capsys.readouterr().err.startswith("moe launch: nothing answered at the rendezvous localhost:1; start `moe")
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert main([*words, "node-7:1", *rest]) == 2
+    assert capsys.readouterr().err.startswith(
+        "moe launch: --rendezvous node-7:1: the name node-7 can't be resolved here ([Errno -2] Name or service not"
+    )
 
 
 @pytest.mark.distributed
