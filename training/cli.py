@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("--hostfile", type=Path, help="machines to start it on by ssh, one 'name slots=N' a line")
     launch.add_argument("--nodes", metavar="MIN[:MAX]", help="machines on each of which this very command is started")
     launch.add_argument("--rendezvous", metavar="HOST:PORT", help="one of these machines, and a free port there")
-    launch.add_argument("--last-call", type=int, default=30, metavar="SECONDS", help="wait for MAX once MIN are there")
+    launch.add_argument("--last-call", type=int, metavar="SECONDS", help="wait for MAX once MIN are there (30)")
     launch.add_argument("--restarts", type=int, default=0, help="how often to start again after a crash (default 0)")
     launch.add_argument(
         "--env", action="append", default=[], metavar="NAME[=VALUE]", help="environment of all ranks; may be repeated"
@@ -186,8 +186,11 @@ def _launch(options: argparse.Namespace) -> int:
     if words[0] == "launch":
         raise UserError("launch can't launch itself; say what to run, such as: -- pretrain CONFIG.yaml")
     command = _parse(words)
-    # A mistake is told once, not by every rank.
-    run = load_run_config(command.config, command.overrides) if command.run is _pretrain else None
+    if command.run is not _pretrain:
+        raise UserError(
+            f"{words[0]} is no work for several ranks, which would each do all of it; run: moe {' '.join(words)}"
+        )
+    run = load_run_config(command.config, command.overrides)  # a mistake is told once, not by every rank
     meeting = rendezvous(options.nodes, options.rendezvous, options.last_call)
     return launch(
         Launch(options.ranks, words, variables(options.env), options.hostfile, meeting, options.restarts), run

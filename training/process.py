@@ -26,6 +26,13 @@ def tune_cpu() -> None:
         mallopt(_M_TOP_PAD, 64 * 2**20)
 
 
+def usable_cores() -> int:
+    """How many cores this process may run on: those of a batch system's share or `taskset`, not the machine's."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def end_with_parent(signum: int = signal.SIGKILL) -> None:
     """Let the kernel send this process a signal when its parent ends, in whatever way. On Linux; elsewhere nothing."""
     if _prctl is not None:

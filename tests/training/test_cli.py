@@ -180,6 +180,15 @@ def test_a_bad_config_is_told_before_anything_heavy_is_imported(tmp_path: Path) 
             ["--ranks", "1", "--hostfile", "/nowhere/hosts", "--", "pretrain", "CONFIG"],
             "the hostfile /nowhere/hosts does not exist",
         ),
+        (
+            ["--ranks", "2", "--", "checkpoint", "verify", "runs/a"],
+            "checkpoint is no work for several ranks, which would each do all of it; run: moe checkpoint verify runs/a",
+        ),
+        (
+            ["--ranks", "2", "--", "plan", "CONFIG", "--gpus", "4"],
+            "plan is no work for several ranks, which would each do all of it",
+        ),
+        (["--ranks", "2", "--last-call", "5", "--", "pretrain", "CONFIG"], "--last-call goes with --nodes and"),
         (["--ranks", "2", "--", "pretrain", "none.yaml"], "cannot read config none.yaml"),
         (
             ["--ranks", "2", "--", "pretrain", "CONFIG", "model.widht=1"],

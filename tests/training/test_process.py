@@ -1,5 +1,6 @@
 """No process outlives the one that it works for, however that ends."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from tests.training.conftest import ROOT
 from tests.training.launch.processes import wait_for
+from training.process import usable_cores
 
 # As `datasets` tokenizes with data.num_proc: a pool of forks.
 POOL = """
@@ -23,6 +25,17 @@ def work(seconds):  # an idle worker would hear that its queue is closed
 with multiprocess.get_context("fork").Pool(2) as pool:
     pool.map(work, [1000, 1000])
 """
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system pins no processes")
+def test_cores_are_those_that_may_be_used() -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert usable_cores() == len(before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death is Linux's")

@@ -175,7 +175,7 @@ class _Agent(LocalElasticAgent):
             rank, failure = first_failure(result.failures)
             if self.asked or not may_restart(failure):
                 self._remaining_restarts = 0  # as the agent itself does about a rank that can't be ended
-            if not told_by_rank(failure) and not self.asked:
+            if may_restart(failure) and not self.asked:  # else the rank has told
                 _say(f"{describe(rank, failure)}; {self._what_next(worker_group.spec.max_restarts)}")
         return result
 
@@ -234,11 +234,6 @@ def first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFail
 def may_restart(failure: ProcessFailure) -> bool:
     """Whether the same ranks, started anew, may do better: not after a mistake, nor where the loss isn't finite."""
     return failure.exitcode != USER_ERROR and not message_of(failure.error_file_data).startswith("NonFiniteLoss")
-
-
-def told_by_rank(failure: ProcessFailure) -> bool:
-    """Whether there is nothing to add to what the rank said."""
-    return failure.exitcode == USER_ERROR or not may_restart(failure)
 
 
 def describe(rank: int, failure: ProcessFailure) -> str:

@@ -55,6 +55,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, text_file: Path, cac
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, output + errors
     assert "moe launch" not in errors
+    assert "Warning" not in errors
     (folder / "output.txt").write_text(output, encoding="utf-8")
     assert_no_process_names(config)
     return folder
