@@ -5,19 +5,22 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from training.process import end_with_parent, launched, tune_cpu
+from training.process import end_forks_with_parent, end_with_parent, launched, quiet_torch, tune_cpu
 
 tune_cpu()  # before anything imports torch
+end_forks_with_parent()
 
-from routing.errors import UserError  # noqa: E402
+with quiet_torch() if sys.argv[1:2] == ["launch"] else nullcontext():  # what befalls a launcher is told in a line
+    from routing.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; what the user can mend is told in a few lines on stderr, without a traceback."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     if launched():
         end_with_parent()  # no rank outlives its launcher
     try:
@@ -29,6 +32,18 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"moe {options.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(words: list[str] | None) -> argparse.Namespace:
+    """What the words mean; overrides may stand behind options too, where argparse takes no more positional words."""
+    parser = _parser()
+    options, left = parser.parse_known_args(words)
+    wrong = [word for word in left if word.startswith("-") or "=" not in word or "overrides" not in options]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if left:
+        options.overrides += left
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("--hostfile", type=Path, help="machines to start it on by ssh, one 'name slots=N' a line")
     launch.add_argument("--nodes", metavar="MIN[:MAX]", help="machines on each of which this very command is started")
     launch.add_argument("--rendezvous", metavar="HOST:PORT", help="one of these machines, and a free port there")
-    launch.add_argument("--last-call", type=int, default=30, metavar="SECONDS", help="wait for MAX once MIN are there")
+    launch.add_argument("--last-call", type=int, metavar="SECONDS", help="wait for MAX once MIN are there (30)")
     launch.add_argument("--restarts", type=int, default=0, help="how often to start again after a crash (default 0)")
     launch.add_argument(
         "--env", action="append", default=[], metavar="NAME[=VALUE]", help="environment of all ranks; may be repeated"
@@ -170,9 +185,12 @@ def _launch(options: argparse.Namespace) -> int:
         raise UserError("say what to launch after --, such as: moe launch --ranks 2 -- pretrain CONFIG.yaml")
     if words[0] == "launch":
         raise UserError("launch can't launch itself; say what to run, such as: -- pretrain CONFIG.yaml")
-    command = _parser().parse_args(words)
-    # A mistake is told once, not by every rank.
-    run = load_run_config(command.config, command.overrides) if command.run is _pretrain else None
+    command = _parse(words)
+    if command.run is not _pretrain:
+        raise UserError(
+            f"{words[0]} is no work for several ranks, which would each do all of it; run: moe {' '.join(words)}"
+        )
+    run = load_run_config(command.config, command.overrides)  # a mistake is told once, not by every rank
     meeting = rendezvous(options.nodes, options.rendezvous, options.last_call)
     return launch(
         Launch(options.ranks, words, variables(options.env), options.hostfile, meeting, options.restarts), run

@@ -1,5 +1,6 @@
 """RunConfig: everything a run is, read from YAML and `a.b=value` overrides."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -210,6 +211,8 @@ RESUMABLE = (
     "data.cache_dir",
     "data.num_proc",
 )
+# What each machine may have its own of.
+LOCAL = ("data.cache_dir", "data.num_proc")
 
 
 def load_run_config(path: Path, overrides: list[str]) -> RunConfig:
@@ -292,16 +295,18 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             node = node[slot]
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Lines `path: old -> new` for every leaf in which two resolved configs differ beyond `RESUMABLE`."""
+def differences(
+    old: dict[str, Any], new: dict[str, Any], free: Collection[str] = RESUMABLE, prefix: str = ""
+) -> list[str]:
+    """Lines `path: old -> new` for every leaf in which two resolved configs differ beyond the paths that are `free`."""
     lines: list[str] = []
     for key in sorted({*old, *new}):
         path = f"{prefix}{key}"
-        if path in RESUMABLE or old.get(key) == new.get(key):
+        if path in free or old.get(key) == new.get(key):
             continue
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            lines += differences(before, after, f"{path}.")
+            lines += differences(before, after, free, f"{path}.")
         else:
             lines.append(f"{path}: {before!r} -> {after!r}")
     return lines

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -57,6 +58,13 @@ class Ranks(NamedTuple):
 def start_processes() -> Ranks:
     """Join the process group that the launcher describes; without a launcher, be a group of one."""
     deepspeed_logger.setLevel("ERROR")
+    # DeepSpeed's calls under ZeRO, in torch's older names for them; every rank would say so.
+    warnings.filterwarnings(
+        "ignore",
+        r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
+        FutureWarning,
+        r"torch\.distributed\.c10d_logger",
+    )
     alone = "WORLD_SIZE" not in os.environ
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     rank, world = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))

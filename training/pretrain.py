@@ -19,13 +19,14 @@ from routing import Learned, Measured, report
 from routing.errors import UserError
 from training.checkpoint import Checkpoints
 from training.checkpoint_files import TrainState
-from training.config import RunConfig
+from training.config import LOCAL, RunConfig, differences
 from training.data.packing import StepSource, held_out_batches, unigram_entropy
 from training.data.prepare import PreparedData, fingerprint, prepare, step_source
 from training.data.tokenizer import Vocabulary, vocabulary
 from training.engine import (
     Ranks,
     build_engine,
+    gather_texts,
     main_first,
     refuse_difference,
     refuse_uneven_experts,
@@ -111,6 +112,7 @@ def pretrain(run: RunConfig) -> Summary | None:
     if not console.is_terminal:
         console.width = 120  # a file has no width: don't fold its lines
     folder = Path(run.run_dir)
+    refuse_other_configs(run, ranks)
     source = agreed_checkpoint(run, ranks)
     with main_first(ranks):
         refuse_uneven_experts(run, ranks)
@@ -175,6 +177,22 @@ def pretrain(run: RunConfig) -> Summary | None:
             f"curves: tensorboard --logdir {folder / 'tensorboard'}"
         )
         return summary
+
+
+def refuse_other_configs(run: RunConfig, ranks: Ranks) -> None:
+    """Raise UserError on every rank, naming the keys, unless all have rank 0's config, but for `LOCAL`. Collective."""
+    texts = gather_texts(json.dumps(run.model_dump(mode="json"), sort_keys=True), ranks)
+    first = json.loads(texts[0])
+    found: dict[str, list[int]] = {}
+    for rank, text in enumerate(texts):
+        if text != texts[0] and (changed := differences(first, json.loads(text), LOCAL)):
+            found.setdefault("\n  ".join(changed), []).append(rank)
+    if found:
+        each = "\n".join(f"ranks {others}:\n  {changed}" for changed, others in found.items())
+        raise UserError(
+            "not all ranks were given the same run; these differ from rank 0's:\n"
+            f"{each}\ngive every machine the same config and overrides"
+        )
 
 
 def _fitting_vocabulary(data: PreparedData, run: RunConfig) -> Vocabulary:

@@ -180,6 +180,15 @@ def test_a_bad_config_is_told_before_anything_heavy_is_imported(tmp_path: Path) 
             ["--ranks", "1", "--hostfile", "/nowhere/hosts", "--", "pretrain", "CONFIG"],
             "the hostfile /nowhere/hosts does not exist",
         ),
+        (
+            ["--ranks", "2", "--", "checkpoint", "verify", "runs/a"],
+            "checkpoint is no work for several ranks, which would each do all of it; run: moe checkpoint verify runs/a",
+        ),
+        (
+            ["--ranks", "2", "--", "plan", "CONFIG", "--gpus", "4"],
+            "plan is no work for several ranks, which would each do all of it",
+        ),
+        (["--ranks", "2", "--last-call", "5", "--", "pretrain", "CONFIG"], "--last-call goes with --nodes and"),
         (["--ranks", "2", "--", "pretrain", "none.yaml"], "cannot read config none.yaml"),
         (
             ["--ranks", "2", "--", "pretrain", "CONFIG", "model.widht=1"],
@@ -208,6 +217,41 @@ def test_what_cannot_be_launched_is_told_before_a_process_starts(
     errors = capsys.readouterr().err
     assert errors.startswith("moe launch: ")
     assert message.replace("CONFIG", config if "CONFIG is" in message else "CONFIG") in errors
+
+
+def test_overrides_may_stand_before_and_after_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, given = str(write_yaml(tmp_path / "run.yaml", {"run_dir": "a"})), []
+    monkeypatch.setattr("training.plan.plan.make_plan", lambda run, *_: given.append(run) or 1 / 0)
+    for words in (
+        [config, "train.max_steps=2", "seed=3", "--gpus", "4"],
+        [config, "--gpus", "4", "train.max_steps=2", "seed=3"],
+        [config, "seed=1", "--gpus", "4", "train.max_steps=2", "--gpu", "a100", "seed=3"],
+        ["--gpus", "4", config, "train.max_steps=2", "seed=3"],
+    ):
+        with pytest.raises(ZeroDivisionError):
+            main(["plan", *words])
+        assert (given[-1].train.max_steps, given[-1].seed) == (2, 3)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "wrong"),
+    [
+        (["plan", "a.yaml", "--gpus", "4", "seed"], "seed"),
+        (["plan", "a.yaml", "--gpus", "4", "--gpuz=h100", "seed=1"], "--gpuz=h100"),
+        (["pretrain", "a.yaml", "--seed=1"], "--seed=1"),
+        (["checkpoint", "verify", "runs/a", "seed=1"], "seed=1"),
+    ],
+)
+def test_what_is_neither_an_option_nor_an_override(
+    words: list[str], wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: unrecognized arguments: {wrong}\n")
 
 
 @pytest.mark.parametrize("words", [[], ["pretrian", "a.yaml"], ["pretrain"], ["launch", "--", "pretrian"]])

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import moe
 from routing.errors import UserError
-from tests.training.conftest import contents, moe_process, saved_bits
+from tests.training.conftest import contents, moe_process, run_ranks, saved_bits, write_yaml
 from tests.training.workers import assemble
 from training import step
 from training.checkpoint_files import find_fault
@@ -204,6 +204,15 @@ def test_a_finished_run_started_again_says_the_same(reference: Path, finished: P
     del before["tokens_per_second"], summary["tokens_per_second"]
     assert summary == pytest.approx(before)
     assert (finished / "model" / "model.safetensors").read_bytes() == model
+
+
+@pytest.mark.distributed
+def test_machines_with_other_configs_or_data_are_refused_before_anything_is_prepared(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny["data"]["cache_dir"] = str(tmp_path / "cache")
+    run_ranks(3, "refuse_other_machines", str(write_yaml(tmp_path / "run.yaml", tiny)))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
 def test_a_changed_config_is_refused_field_by_field(

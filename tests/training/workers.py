@@ -29,13 +29,14 @@ from training.engine import (
     Ranks,
     main_first,
     read_gradient,
+    refuse_difference,
     start_processes,
     stop_processes,
 )
 from training.loop import train
 from training.optimizer_state import whole_moments, whole_parameters
 from training.pretrain import assemble as put_together
-from training.pretrain import pretrain
+from training.pretrain import pretrain, refuse_other_configs
 from training.resume import agreed_checkpoint
 
 
@@ -176,6 +177,34 @@ def fail_to_read(failing: str, config: str, out: str, *cases: str) -> None:
         assert "1.jsonl, line 14 isn't valid JSON" in str(error), error
     else:
         assert isinstance(error, FailedElsewhere), error
+
+
+def refuse_other_machines(config: str) -> None:
+    """On three ranks: what differs between them is named on all of them, before any data is prepared."""
+    ranks = start_processes()
+    own = ([], ["optimizer.lr=0.5", "seed=7", "data.num_proc=2"], ["seed=7", f"run_dir={config}.elsewhere"])
+    run = load_run_config(Path(config), list(own[ranks.rank]))
+    told = "nothing"
+    try:
+        with mock.patch("training.pretrain.agreed_checkpoint", side_effect=AssertionError("too late")):
+            pretrain(run)
+    except UserError as error:
+        told = str(error)
+    assert told == (
+        "not all ranks were given the same run; these differ from rank 0's:\n"
+        "ranks [1]:\n  optimizer.lr: 0.01 -> 0.5\n  seed: 0 -> 7\n"
+        f"ranks [2]:\n  run_dir: {load_run_config(Path(config), []).run_dir!r} -> '{config}.elsewhere'\n"
+        "  seed: 0 -> 7\ngive every machine the same config and overrides"
+    ), told
+    caches = [f"data.cache_dir={config}.{ranks.rank}", f"data.num_proc={1 + ranks.rank}"]
+    refuse_other_configs(load_run_config(Path(config), caches), ranks)  # of which each machine may have its own
+
+    refuse_difference("alike", "texts", ranks)
+    try:
+        refuse_difference("alike" if ranks.rank != 1 else "other", "texts", ranks)
+    except UserError as error:
+        told = str(error)
+    assert told == "ranks [1] have texts other than rank 0's; give every machine the same", told
 
 
 def record_routers(config: str, out: str, *routers: str) -> None:

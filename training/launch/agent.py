@@ -8,10 +8,11 @@ here: ends that no restart would mend are final, Ctrl-C and SIGTERM save and sto
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ from training.launch.failure import lost_others, message_of
 
 USER_ERROR = 2  # the exit code for what the user can mend
 INTERRUPTED = 130
+
+_STOPPED = "stopped; the same command goes on from the last whole checkpoint, or begins if there is none"
 
 
 class Rendezvous(NamedTuple):
@@ -60,12 +63,15 @@ def run_ranks(ranks: int, command: list[str], meeting: Rendezvous = ONE_MACHINE,
         0 if all ranks ended well; the exit code of the rank that failed first, 128 + n if signal n killed it.
 
     Raises:
-        UserError: if no other machine came to the meeting in time.
+        UserError: if the meeting's host isn't known or reached, or no other machine came in time.
     """
+    if meeting is not ONE_MACHINE:
+        _refuse_unknown_host(meeting.endpoint)
     # The agents' store would keep the last group's addresses and offer them to the next, whose connections fail.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # Signals are ours to handle; torch wants to hear of one at least.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is no page of C++ frames
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says is told here, in a line
     host = meeting.endpoint.rpartition(":")[0]
     parameters = RendezvousParameters(
@@ -80,6 +86,12 @@ def run_ranks(ranks: int, command: list[str], meeting: Rendezvous = ONE_MACHINE,
     with tempfile.TemporaryDirectory(prefix="moe-launch-") as folder:
         try:
             meeting_place = get_rendezvous_handler(parameters)
+        except RendezvousConnectionError as error:
+            raise UserError(
+                f"nothing answered at the rendezvous {meeting.endpoint}; start `moe launch` on that machine too, with "
+                "the same --rendezvous, and let the others reach the port"
+            ) from error
+        try:
             spec = WorkerSpec(
                 role="rank",
                 local_world_size=ranks,
@@ -93,6 +105,9 @@ def run_ranks(ranks: int, command: list[str], meeting: Rendezvous = ONE_MACHINE,
             try:
                 with agent.handling_signals():
                     result = agent.run()
+            except KeyboardInterrupt:  # no rank runs
+                _say(_STOPPED)
+                return INTERRUPTED
             finally:
                 meeting_place.shutdown()  # so that other machines don't wait for this one
         except RendezvousTimeoutError as error:
@@ -104,15 +119,55 @@ def run_ranks(ranks: int, command: list[str], meeting: Rendezvous = ONE_MACHINE,
             _say("another machine has ended the run")
             return 1
         except (RendezvousConnectionError, RendezvousStateError):
-            _say(f"the rendezvous at {meeting.endpoint} can't be reached (any more); this machine's ranks were ended")
+            _say(f"the rendezvous at {meeting.endpoint} is lost, and with it the run; this machine's ranks were ended")
             return 1
     return agent.exit_code(result)
+
+
+def _refuse_unknown_host(endpoint: str) -> None:
+    host, _, port = endpoint.rpartition(":")
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except (OSError, UnicodeError) as error:
+        raise UserError(
+            f"--rendezvous {endpoint}: the name {host} can't be resolved here ({error}); give a name or an address by "
+            "which all machines reach that one"
+        ) from error
 
 
 class _Agent(LocalElasticAgent):
     """Torch's agent, which doesn't restart what ended for good, and says what happened."""
 
     asked = 0  # how often somebody asked to stop
+    waits_for_others = False  # on other machines; no rank runs on this one
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        with self._waiting_for_others():
+            if self.asked:  # while the last ranks were ended
+                raise KeyboardInterrupt
+            super()._rendezvous(worker_group)
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        started = super()._start_workers(worker_group)
+        if self.asked:  # meanwhile
+            self._pass_on()
+        return started
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        super()._stop_workers(worker_group)
+        self._pcontext = None  # whoever has these process ids later isn't meant by a signal
+
+    def _exit_barrier(self) -> None:
+        with suppress(KeyboardInterrupt), self._waiting_for_others():
+            super()._exit_barrier()
+
+    @contextmanager
+    def _waiting_for_others(self) -> Iterator[None]:
+        self.waits_for_others = True
+        try:
+            yield
+        finally:
+            self.waits_for_others = False
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
@@ -120,7 +175,7 @@ class _Agent(LocalElasticAgent):
             rank, failure = first_failure(result.failures)
             if self.asked or not may_restart(failure):
                 self._remaining_restarts = 0  # as the agent itself does about a rank that can't be ended
-            if not told_by_rank(failure) and not self.asked:
+            if may_restart(failure) and not self.asked:  # else the rank has told
                 _say(f"{describe(rank, failure)}; {self._what_next(worker_group.spec.max_restarts)}")
         return result
 
@@ -141,10 +196,12 @@ class _Agent(LocalElasticAgent):
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
         self.asked += 1
-        ranks = self._pcontext.pids().values() if self._pcontext else ()
-        if not ranks:
+        if self.waits_for_others:
             raise KeyboardInterrupt
-        for rank in ranks:
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        for rank in self._pcontext.pids().values() if self._pcontext else ():
             try:
                 # Each leads a session of its own, so that Ctrl-C doesn't reach it twice.
                 os.killpg(rank, signal.SIGTERM if self.asked == 1 else signal.SIGKILL)
@@ -155,9 +212,11 @@ class _Agent(LocalElasticAgent):
         """Of the whole launch."""
         if result is None or not result.is_failed():
             return 0
-        if self.asked:
-            return INTERRUPTED
         _, failure = first_failure(result.failures)
+        if self.asked:
+            if failure.exitcode not in (INTERRUPTED, USER_ERROR):  # with these the rank has told
+                _say(_STOPPED)
+            return INTERRUPTED
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
 
 
@@ -175,11 +234,6 @@ def first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFail
 def may_restart(failure: ProcessFailure) -> bool:
     """Whether the same ranks, started anew, may do better: not after a mistake, nor where the loss isn't finite."""
     return failure.exitcode != USER_ERROR and not message_of(failure.error_file_data).startswith("NonFiniteLoss")
-
-
-def told_by_rank(failure: ProcessFailure) -> bool:
-    """Whether there is nothing to add to what the rank said."""
-    return failure.exitcode == USER_ERROR or not may_restart(failure)
 
 
 def describe(rank: int, failure: ProcessFailure) -> str:

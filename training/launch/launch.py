@@ -12,6 +12,7 @@ from routing.errors import UserError
 from training.config import RunConfig
 from training.launch.agent import ONE_MACHINE, Rendezvous, refuse_losing_restarts, run_ranks
 from training.launch.hosts import run_on_hosts
+from training.process import usable_cores
 
 _HOW_MANY = "say how many with --ranks N (by default one per GPU)"
 
@@ -27,11 +28,11 @@ class Launch(NamedTuple):
     restarts: int = 0
 
 
-def launch(what: Launch, run: RunConfig | None) -> int:
+def launch(what: Launch, run: RunConfig) -> int:
     """Run a `moe` command on several ranks and return its exit code.
 
     Args:
-        run: which the command trains; None if it trains none.
+        run: which the command trains.
 
     Raises:
         UserError: if the number of ranks can't be known, the hostfile is wrong, or the options don't fit together.
@@ -55,22 +56,26 @@ def launch(what: Launch, run: RunConfig | None) -> int:
     if not ranks:
         raise UserError(f"0 processes can't be started; {_HOW_MANY}")
     meeting = what.meeting or ONE_MACHINE
-    if run and (what.restarts or meeting.most > meeting.least):
+    if what.restarts or meeting.most > meeting.least:
         refuse_losing_restarts(run)
     os.environ.update(what.variables)  # this process has no other work than its ranks
     if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
     return run_ranks(ranks, what.command, meeting, what.restarts)
 
 
-def rendezvous(nodes: str | None, endpoint: str | None, last_call: int) -> Rendezvous | None:
+def rendezvous(nodes: str | None, endpoint: str | None, last_call: int | None) -> Rendezvous | None:
     """The meeting that `--nodes MIN[:MAX]`, `--rendezvous HOST:PORT` and `--last-call SECONDS` mean.
 
     Raises:
         UserError: if they aren't like that, or one is without the other.
     """
     if nodes is None and endpoint is None:
+        if last_call is not None:
+            raise UserError(
+                "--last-call goes with --nodes and --rendezvous: without them there is no machine to wait for"
+            )
         return None
     if nodes is None or endpoint is None:
         raise UserError("--nodes and --rendezvous go together: how many machines, and where they meet")
@@ -81,6 +86,8 @@ def rendezvous(nodes: str | None, endpoint: str | None, last_call: int) -> Rende
     host, _, port = endpoint.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"--rendezvous {endpoint} isn't HOST:PORT, such as node-1:29400")
+    if last_call is None:
+        return Rendezvous(least, most, endpoint)
     if last_call < 1:
         raise UserError(f"--last-call {last_call}: give at least one second")
     return Rendezvous(least, most, endpoint, last_call)

@@ -4,9 +4,9 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from routing.errors import UserError
 from tests.training.conftest import (
@@ -31,7 +32,7 @@ from tests.training.conftest import (
 from tests.training.forked import free_port
 from tests.training.launch.conftest import Start
 from tests.training.launch.processes import assert_no_process_names, checkpoint_beyond, ranks_below, wait_for
-from training.checkpoint_files import find_fault
+from training.cli import main
 from training.config import RunConfig
 from training.launch.agent import describe, first_failure, may_restart, refuse_losing_restarts
 from training.pretrain import pretrain
@@ -52,6 +53,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, text_file: Path, cac
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, output + errors
     assert "moe launch" not in errors
+    assert "Warning" not in errors
     (folder / "output.txt").write_text(output, encoding="utf-8")
     assert_no_process_names(config)
     return folder
@@ -134,6 +136,54 @@ def listening(pid: int) -> list[Any]:
 
 
 @pytest.mark.distributed
+def test_a_lost_rendezvous_is_told_in_a_line(
+    tiny: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], start: Start
+) -> None:
+    words = ("--ranks", "1", "--nodes", "2", "--rendezvous", f"localhost:{free_port()}", "--restarts", "10000")
+    words += ("--env", "PYTHONHOME=/nowhere", "--", "pretrain", str(write_config(tiny)))
+    first = start(*words)
+    wait_for(lambda: listening(first.pid))
+    second = start(*words)
+    assert first.stderr is not None
+    while not (line := first.stderr.readline()).startswith("moe launch"):
+        assert line
+    first.kill()
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 1
+    told = [line for line in errors.splitlines() if line.startswith("moe launch")]
+    assert "is lost, and with it the run; this machine's ranks were ended" in told[-1]
+    assert all("starting again" in line for line in told[:-1])
+    assert "frame #" not in errors
+    assert "c10d" not in errors
+    assert "Traceback" not in errors
+
+
+def test_a_rendezvous_without_a_machine_is_the_users_to_mend(
+    tiny: dict[str, Any],
+    write_config: Callable[[dict[str, Any]], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def unknown(*_: Any) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    def refused(*_: Any) -> None:
+        raise RendezvousConnectionError
+
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # a launch sets some
+    monkeypatch.setattr("training.launch.agent.get_rendezvous_handler", refused)
+    words = ["launch", "--ranks", "1", "--nodes", "2", "--rendezvous"]
+    rest = ["--", "pretrain", str(write_config(tiny))]
+    assert main([*words, "localhost:1", *rest]) == 2
+    assert capsys.readouterr().err.startswith("moe launch: nothing answered at the rendezvous localhost:1; start `moe")
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert main([*words, "node-7:1", *rest]) == 2
+    assert capsys.readouterr().err.startswith(
+        "moe launch: --rendezvous node-7:1: the name node-7 can't be resolved here ([Errno -2] Name or service not"
+    )
+
+
+@pytest.mark.distributed
 def test_after_the_last_restart_it_fails_with_one_message(uninterrupted: Path, start: Start) -> None:
     # A rank whose Python finds no library ends before it does anything.
     words = ("--ranks", "1", "--restarts", "2", "--env", "PYTHONHOME=/nowhere")
@@ -206,51 +256,6 @@ def test_what_fails_on_one_rank_is_told_once_with_its_name(uninterrupted: Path, 
         "moe launch: rank 1 failed with exit code 1; the other ranks were ended",
     ]
     assert errors.count("Traceback") == 1
-
-
-@pytest.mark.distributed
-def test_a_stop_reaches_the_ranks_which_save_and_leave_nothing_behind(
-    tiny: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], start: Start
-) -> None:
-    tiny["train"]["max_steps"] = 100_000
-    tiny["checkpoint"] = {"every": 2}
-    config = write_config(tiny)
-    process = start("--ranks", "2", "--restarts", "1", "--", "pretrain", str(config))
-    checkpoint_beyond(tiny["run_dir"], 0)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, output + errors
-    assert output.count("stopped at step") == 1
-    latest = Path(tiny["run_dir"]) / "checkpoints" / "latest"
-    assert find_fault(latest.parent / latest.read_text().strip()) is None
-    assert_no_process_names(str(config))
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("how", ["launcher killed", "asked twice"])
-def test_no_rank_outlives_its_launcher(
-    tiny: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], how: str, start: Start
-) -> None:
-    tiny["train"]["max_steps"] = 100_000
-    config = write_config(tiny)
-    process = start("--ranks", "2", "--", "pretrain", str(config))
-    wait_for(lambda: "step 2" in os.read(process.stdout.fileno(), 10**5).decode())  # type: ignore[union-attr]
-    ranks = ranks_below(process.pid)
-    assert set(ranks) == {0, 1}
-    if how == "launcher killed":
-        process.kill()
-        code = -signal.SIGKILL
-    else:
-        for rank in ranks.values():
-            rank.suspend()  # one that can't do what it is asked to
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-        code = 130
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert "Traceback" not in errors
-    assert_no_process_names(str(config))
 
 
 @pytest.mark.distributed

@@ -15,7 +15,8 @@ from training.launch.launch import rendezvous, variables
 def test_nodes_are_a_number_or_a_range() -> None:
     assert rendezvous("4", "node-1:29400", 30) == Rendezvous(4, 4, "node-1:29400", 30)
     assert rendezvous("2:4", "10.0.0.1:1", 5) == Rendezvous(2, 4, "10.0.0.1:1", 5)
-    assert rendezvous(None, None, 30) is None
+    assert rendezvous("4", "node-1:29400", None) == Rendezvous(4, 4, "node-1:29400", 30)
+    assert rendezvous(None, None, None) is None
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,7 @@ def test_nodes_are_a_number_or_a_range() -> None:
         ("2", ":29400", 30, "--rendezvous :29400 isn't"),
         ("2", "a:65536", 30, "--rendezvous a:65536 isn't"),
         ("2", "a:0", 30, "--rendezvous a:0 isn't"),
+        (None, None, 5, "--last-call goes with --nodes and --rendezvous: without them there is no machine to wait for"),
         ("2", "a:1", 0, "--last-call 0: give at least one second"),
     ],
 )
