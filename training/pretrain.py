@@ -22,6 +22,7 @@ from training.checkpoint_files import TrainState
 from training.config import RunConfig
 from training.data.packing import StepSource, held_out_batches, unigram_entropy
 from training.data.prepare import PreparedData, fingerprint, prepare, step_source
+from training.data.stream import refuse_few_lanes
 from training.data.tokenizer import Vocabulary, vocabulary
 from training.engine import (
     Ranks,
@@ -114,6 +115,7 @@ def pretrain(run: RunConfig) -> Summary | None:
     source = agreed_checkpoint(run, ranks)
     with main_first(ranks):
         refuse_uneven_experts(run, ranks)
+        refuse_few_lanes(run.data.corpus, ranks.world)
         checkpoint = read_checkpoint(source, run) if source else None
         data = prepare(run.data, source / TOKENIZER if source else None)
         words = _fitting_vocabulary(data, run)

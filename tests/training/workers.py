@@ -166,7 +166,18 @@ def fail_to_save(config: str, out: str) -> None:
 
 
 def fail_to_read(failing: str, config: str, out: str, *cases: str) -> None:
-    """On two ranks `pretrain_all`, and then a run where the second comes upon a damaged document while it trains."""
+    """On two ranks a run of one lane, `pretrain_all`, and a run where the second comes upon a damaged document while it
+    trains."""
+    with mock.patch("training.pretrain.prepare", side_effect=AssertionError("nothing is prepared")):
+        try:
+            pretrain(load_run_config(Path(config), ["data.corpus.lanes=1", f"run_dir={out}/one-lane"]))
+        except UserError as refused:
+            assert "data.corpus.lanes is 1, but there are 2 ranks" in str(refused), refused
+            assert int(os.environ["RANK"]) == 0
+        except FailedElsewhere:
+            assert int(os.environ["RANK"]) == 1
+        else:
+            raise AssertionError("one lane was enough for two ranks")
     pretrain_all(config, out, *cases)
     try:
         pretrain(load_run_config(Path(failing), []))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from moe.config import ExpertsConfig
 from routing.errors import UserError
 from training.config import RunConfig
+from training.data.stream import refuse_few_lanes
 from training.plan.activations import FLOAT, micro_batch, model_parts
 from training.plan.counts import (
     Flops,
@@ -205,3 +206,4 @@ def _check(run: RunConfig, gpus: int, efficiency: float) -> None:
             f"in a step, so some would have nothing to do; raise train.step_tokens to at least "
             f"{gpus * run.data.max_length}, or plan for at most {sequences} GPUs"
         )
+    refuse_few_lanes(run.data.corpus, gpus)

@@ -98,6 +98,14 @@ def test_mistakes_are_told(words: list[str], message: str, capsys: pytest.Captur
     assert message in errors
 
 
+def test_what_training_refuses_is_not_planned() -> None:
+    of = {"kind": "text", "files": ["a.txt"]}
+    run = small_run(data__corpus={"kind": "stream", "of": of, "lanes": 4})
+    assert make_plan(run, 4, H100, 0.4).gpus == 4
+    with pytest.raises(UserError, match=r"data\.corpus\.lanes is 4, but there are 8 ranks, and each reads a lane"):
+        make_plan(run, 8, H100, 0.4)
+
+
 def test_what_does_not_fit_is_printed_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train.micro_batch_tokens=262144", "train.activation_checkpointing=false", "--gpus", "8"]
     assert main(["plan", str(ROOT / "configs" / "large-64e.yaml"), *words]) == 0
