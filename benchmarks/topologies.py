@@ -9,10 +9,9 @@ It takes some twenty minutes of two CPU cores; `--every 4` a third of that.
 """
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from pydoc_data import topics
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from benchmarks.common import Row, arguments, save, show
@@ -146,23 +145,28 @@ def table(rows: list[Row], worlds: list[int]) -> list[Row]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--ranks", nargs="+", type=int, choices=(1, 2, 4), default=[1, 2, 4])
     parser.add_argument("--every", type=int, choices=(1, 2, 3, 4), default=1, help="of N pairs take one (default all)")
     options = parser.parse_args(argv)
-    folder = Path(tempfile.mkdtemp())
-    (folder / "topics.txt").write_text("\n\n".join(topics.topics[name] for name in sorted(topics.topics)[:12]))
-    sources = topologies(options.ranks)
-    for ranks in options.ranks:
-        on_ranks(ranks, save_each, folder, topologies([ranks]))
-    rows: list[Row] = []
-    for ranks in options.ranks:
-        on_ranks(ranks, resume_each, folder, topologies([ranks]), sources, options.every)
-        rows += json.loads((folder / f"{ranks}.json").read_text())
-    shutil.rmtree(folder)
+    with TemporaryDirectory() as folder:
+        rows = compare(Path(folder), sorted(set(options.ranks)), options.every)
     worst = max(row["relative_difference"] for row in rows)
     title = f"{len(rows)} pairs: the next {STEPS} losses differ by at most {worst:.1e} of their size"
     show(title, table(rows, options.ranks), None)
     save(rows, options.json)
+
+
+def compare(folder: Path, worlds: list[int], every: int) -> list[Row]:
+    """Save on every topology, resume on every other; the rows of all pairs."""
+    (folder / "topics.txt").write_text("\n\n".join(topics.topics[name] for name in sorted(topics.topics)[:12]))
+    sources = topologies(worlds)
+    for ranks in worlds:
+        on_ranks(ranks, save_each, folder, topologies([ranks]))
+    rows: list[Row] = []
+    for ranks in worlds:
+        on_ranks(ranks, resume_each, folder, topologies([ranks]), sources, every)
+        rows += json.loads((folder / f"{ranks}.json").read_text())
+    return rows
 
 
 if __name__ == "__main__":

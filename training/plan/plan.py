@@ -210,7 +210,13 @@ def make_sheet(run: RunConfig, gpus: int, gpu: Gpu, efficiency: float) -> Sheet:
     Raises:
         UserError: as `make_plan`.
     """
-    return Sheet(*(plans(run, gpus, gpu, efficiency) for plans in (make_plan, over_stages, over_experts, over_gpus)))
+    machines = gpus, gpu, efficiency
+    return Sheet(
+        make_plan(run, *machines),
+        over_stages(run, *machines),
+        over_experts(run, *machines),
+        over_gpus(run, *machines),
+    )
 
 
 def best(plans: list[Plan]) -> Plan:

@@ -63,7 +63,7 @@ def verdict(plan: Plan) -> str:
             f"{_largest(plan.memory)}. {_remedy(plan)}"
         )
     return (
-        f"{plan.tokens_per_second:,.0f} tokens a second, {plan.days:,.1f} days for {plan.max_steps:,} steps; "
+        f"{plan.tokens_per_second:,.0f} tokens a second, {_duration(plan.days)} for {plan.max_steps:,} steps; "
         f"bound by {plan.binds}."
     )
 
@@ -197,6 +197,13 @@ def _gpus(plans: list[Plan]) -> Table:
     if round(plans[-1].step_tokens) > configured:
         table.caption += "; + train.step_tokens raised to a sequence for each GPU, which is the least"
     return table
+
+
+def _duration(days: float) -> str:
+    for unit, length in (("days", 1.0), ("hours", 24.0), ("minutes", 24.0 * 60)):
+        if days * length >= 1:
+            return f"{days * length:,.1f} {unit}"
+    return f"{days * 86_400:,.1f} seconds"
 
 
 def _ms(plan: Plan) -> str:
