@@ -1,6 +1,7 @@
 """What a plan concludes, and what `moe plan` prints and refuses."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,28 @@ def large_of(lanes: int) -> RunConfig:
 def test_what_the_report_says(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(ROOT / "configs" / f"{words[0]}.yaml"), *words[1:]]) == 0
     assert expected in " ".join(capsys.readouterr().out.split())
+
+
+SCALE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+RUNGS = re.findall(r"^\$ moe plan (.*)\n(.*)$", SCALE, re.MULTILINE)
+
+
+def printed_by(words: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    config, *others = words.split()
+    assert main(["plan", str(ROOT / config), *others]) == 0
+    return [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize(("words", "line"), RUNGS)
+def test_the_docs_ladder_is_what_the_plan_says(words: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert line in printed_by(words, capsys)
+
+
+def test_the_docs_plan_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(RUNGS) == 5
+    [block] = re.findall(r"^```\n(256 x H100.*?)^```", SCALE, re.MULTILINE | re.DOTALL)
+    expected = printed_by("configs/large-64e.yaml --gpus 256", capsys)
+    assert [line for line in block.splitlines() if line.strip()] == expected
 
 
 def test_a_bucket_that_the_model_fills_needs_no_hint(capsys: pytest.CaptureFixture[str]) -> None:
