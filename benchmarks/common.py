@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +21,32 @@ Row = dict[str, Any]
 def arguments(description: str | None, rounds: int | None = None) -> argparse.ArgumentParser:
     """The options of every benchmark; `--rounds` where it has a default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    parser.add_argument("--json", type=writable_file, help="write the rows here as well")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
     if rounds is not None:
-        parser.add_argument("--rounds", type=int, default=rounds, help=f"timed turns of each contender ({rounds})")
+        parser.add_argument(
+            "--rounds", type=at_least_one, default=rounds, help=f"timed turns of each contender ({rounds})"
+        )
     return parser
+
+
+def at_least_one(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' isn't a whole number of at least 1")
+    return int(text)
+
+
+def writable_file(text: str) -> Path:
+    """An argument that names a file to write, told before anything is measured if it can't be."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file")
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.absolute().parent} to write {path.name} in")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} can't be written; choose another file")
+    return path
 
 
 def device_in_use() -> torch.device:

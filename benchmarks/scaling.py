@@ -17,22 +17,23 @@ are started in turns, so that a drifting machine slows all alike. Medians of all
 import gc
 import json
 import os
-import shutil
-import tempfile
 import time
+from argparse import ArgumentParser
 from pathlib import Path
 from statistics import fmean, median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from benchmarks.common import Row, arguments, save, show
+from benchmarks.common import Row, arguments, at_least_one, save, show
 from benchmarks.ranks import on_ranks
 from benchmarks.traffic import KINDS, counted
 from moe.batch import pack_lengths
 from moe.heads import MaskedLM
-from training.config import RunConfig
+from training.config import RunConfig, describe_errors
 from training.data.packing import MaskedBatch
 from training.engine import Ranks, build_engine, gather_over_ranks, start_processes
 from training.plan.counts import targets_per_sequence
@@ -40,16 +41,17 @@ from training.plan.plan import make_plan
 from training.plan.specs import GPUS
 from training.step import train_step
 
-MODELS = ("dense", "experts", "experts, spread")
+MODELS = ("dense", "experts", "spread")  # spread: one expert-parallel group of all ranks
+EXPERTS = 8
 WARM = 2  # steps
 LENGTH = 128  # of a sequence
 
 
 def run_of(model: str, ranks: int, options: dict[str, Any]) -> RunConfig:
-    """Experts have as many active parameters as the dense layer; 8, of which a token takes 2."""
+    """Experts have as many active parameters as the dense layer; a token takes 2 of them."""
     width = options["width"]
     router = {"kind": "token_choice", "top_k": 2}
-    experts = {"kind": "experts", "count": 8, "width": width, "router": router}
+    experts = {"kind": "experts", "count": EXPERTS, "width": width, "router": router}
     step_tokens = options["tokens"] * ranks * options["accumulation"]
     data = {
         "run_dir": "none",
@@ -65,7 +67,7 @@ def run_of(model: str, ranks: int, options: dict[str, Any]) -> RunConfig:
             "micro_batch_tokens": options["tokens"],
             "precision": options["precision"],
         },
-        "parallel": {"zero_stage": options["stage"], "expert": ranks if model == "experts, spread" else 1},
+        "parallel": {"zero_stage": options["stage"], "expert": ranks if model == "spread" else 1},
     }
     return RunConfig.model_validate(data)
 
@@ -112,8 +114,8 @@ def measure_all(file: Path, options: dict[str, Any]) -> None:
     found = []
     for model in options["models"]:
         for stage in options["stages"]:
-            if model == "experts, spread" and ranks.world == 1:
-                continue
+            if model == "spread" and ranks.world == 1 and "experts" in options["models"]:
+                continue  # they are the same
             own = measure(run_of(model, ranks.world, options | {"stage": stage}), ranks, options["steps"])
             whole = {name: torch.stack(gather_over_ranks(value, ranks)).tolist() for name, value in own.items()}
             found.append({"model": model, "stage": stage, "ranks": ranks.world, **whole})
@@ -129,7 +131,7 @@ def rows_of(turns: list[list[dict[str, Any]]], options: dict[str, Any]) -> list[
         cells.setdefault((cell["model"], cell["stage"], cell["ranks"]), []).append(cell)
 
     def seconds(model: str, stage: int, ranks: int) -> float:
-        same = cells[model if ranks > 1 else model.removesuffix(", spread"), stage, ranks]
+        same = cells.get((model, stage, ranks)) or cells["experts", stage, ranks]
         return median(taken for cell in same for taken in cell["seconds"][0])
 
     rows: list[Row] = []
@@ -162,26 +164,43 @@ def _crowded(ranks: int) -> str:
     return "yes" if not torch.cuda.is_available() and ranks > len(os.sched_getaffinity(0)) else "no"
 
 
+def _refuse(parser: ArgumentParser, options: dict[str, Any]) -> None:
+    """End the program, before anything is measured, if some of it can't be."""
+    if options["tokens"] % LENGTH:
+        parser.error(f"--tokens {options['tokens']} isn't a multiple of a sequence's {LENGTH} tokens")
+    gpus = torch.cuda.device_count()
+    if gpus and max(options["ranks"]) > gpus:
+        parser.error(f"--ranks {max(options['ranks'])} need as many GPUs, but there are {gpus}")
+    for ranks in options["ranks"]:
+        if "spread" in options["models"] and EXPERTS % ranks:
+            parser.error(f"--ranks {ranks} doesn't divide the {EXPERTS} experts; leave it out, or spread of --models")
+        for model in options["models"]:
+            try:
+                run_of(model, ranks, options | {"stage": 0})
+            except ValidationError as error:
+                parser.error(describe_errors(error, {}, f"{model} on {ranks} rank(s)"))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__, rounds=2)
-    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4], help="(default 1 2 4)")
+    parser.add_argument("--ranks", nargs="+", type=at_least_one, default=[1, 2, 4], help="(default 1 2 4)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--stages", nargs="+", type=int, choices=range(4), default=[0, 1, 2, 3], help="of ZeRO")
-    parser.add_argument("--tokens", type=int, default=512, help="of a micro-batch on a rank (default 512)")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches in a step (default 1)")
-    parser.add_argument("--width", type=int, default=256, help="of the model (default 256)")
-    parser.add_argument("--steps", type=int, default=5, help="timed in each turn (default 5)")
+    parser.add_argument("--tokens", type=at_least_one, default=512, help="of a micro-batch on a rank (default 512)")
+    parser.add_argument("--accumulation", type=at_least_one, default=1, help="micro-batches in a step (default 1)")
+    parser.add_argument("--width", type=at_least_one, default=256, help="of the model (default 256)")
+    parser.add_argument("--steps", type=at_least_one, default=5, help="timed in each turn (default 5)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parsed = parser.parse_args(argv)
     options = {**vars(parsed), "ranks": sorted(set(parsed.ranks)), "json": None}
-    folder = Path(tempfile.mkdtemp())
+    _refuse(parser, options)
     turns = []
-    for turn in range(parsed.rounds):
-        for ranks in options["ranks"]:
-            file = folder / f"{turn}-{ranks}.json"
-            on_ranks(ranks, measure_all, file, options)
-            turns.append(json.loads(file.read_text()))
-    shutil.rmtree(folder)
+    with TemporaryDirectory() as folder:
+        for turn in range(parsed.rounds):
+            for ranks in options["ranks"]:
+                file = Path(folder) / f"{turn}-{ranks}.json"
+                on_ranks(ranks, measure_all, file, options)
+                turns.append(json.loads(file.read_text()))
     rows = rows_of(turns, options)
     backend = "NCCL" if torch.cuda.is_available() else "gloo"
     show(f"Weak scaling on {backend}, {parsed.tokens} tokens a rank, width {parsed.width}", rows, None)

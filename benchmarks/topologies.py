@@ -5,14 +5,16 @@ steps, saves a checkpoint and goes on for three more. Then every topology resume
 table holds, for each topology that saved, the largest difference of the resumed losses from its own, relative to the
 loss, over all topologies of so many ranks. `tests/training/test_topologies.py` shows it in 24 runs instead of 576.
 
+AdamW divides by the root of a second moment plus `--eps`: the smaller that is, the more it blows up the rounding of
+gradients that are nearly nothing, which differs between topologies.
+
 It takes some twenty minutes of two CPU cores; `--every 4` a third of that.
 """
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from pydoc_data import topics
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from benchmarks.common import Row, arguments, save, show
@@ -47,7 +49,7 @@ def topologies(ranks: list[int]) -> list[Topology]:
     return [Topology(n, expert, stage) for n, expert in sizes for stage in (0, 1, 2, 3)]
 
 
-def run_of(folder: Path, topology: Topology) -> RunConfig:
+def run_of(folder: Path, topology: Topology, eps: float) -> RunConfig:
     """A tiny run without dropout, which differs between ranks by design."""
     router = {"kind": "token_choice", "top_k": 2, "selection_bias": {"rate": 0.01}, "centring": {"rate": 0.1}}
     experts = {"kind": "experts", "count": 4, "width": 32, "shared_width": 16, "router": router}
@@ -67,9 +69,7 @@ def run_of(folder: Path, topology: Topology) -> RunConfig:
             "tokenizer": {"kind": "wordpiece", "vocab_size": 512},
             "max_length": 32,
         },
-        # A larger eps than usual: AdamW divides by the root of a second moment, and where that is nearly nothing,
-        # gradients' rounding would be blown up.
-        "optimizer": {"lr": 1e-2, "eps": 1e-3, "schedule": {"kind": "stable", "warmup": 2, "decay": 0.5}},
+        "optimizer": {"lr": 1e-2, "eps": eps, "schedule": {"kind": "stable", "warmup": 2, "decay": 0.5}},
         # Two micro-batches on each rank, so that all add up the same ones.
         "train": {
             "max_steps": 2 * STEPS,
@@ -91,11 +91,11 @@ def losses(engine: Any, stream: TrainingStream, run: RunConfig, ranks: Ranks, fi
     return found
 
 
-def save_each(folder: Path, chosen: list[Topology]) -> None:
+def save_each(folder: Path, chosen: list[Topology], eps: float) -> None:
     """On the ranks of these topologies: train, save, go on; the losses after the save into `<run>/losses.json`."""
     ranks = start_processes()
     for topology in chosen:
-        run = run_of(folder, topology)
+        run = run_of(folder, topology, eps)
         with main_first(ranks):
             data = prepare(run.data)
         engine, stream, _ = assemble(run, data, ranks)
@@ -107,15 +107,15 @@ def save_each(folder: Path, chosen: list[Topology]) -> None:
             (Path(run.run_dir) / "losses.json").write_text(json.dumps(after))
 
 
-def resume_each(folder: Path, chosen: list[Topology], sources: list[Topology], every: int) -> None:
+def resume_each(folder: Path, chosen: list[Topology], sources: list[Topology], every: int, eps: float) -> None:
     """On the ranks of these topologies: three steps from sources' checkpoints, rows into `<ranks>.json`."""
     ranks = start_processes()
     rows: list[Row] = []
     for number, topology in enumerate(chosen):
-        run = run_of(folder, topology)
+        run = run_of(folder, topology, eps)
         data = prepare(run.data)
         for source in sources[number % every :: every]:  # each source meets some topology
-            saved = Path(run_of(folder, source).run_dir)
+            saved = Path(run_of(folder, source, eps).run_dir)
             checkpoint = read_checkpoint(step_folder(saved / "checkpoints", STEPS), run)
             engine, stream, _ = assemble(run, data, ranks, checkpoint.model)
             stream.position = DataPosition(*checkpoint.state.position)
@@ -146,23 +146,29 @@ def table(rows: list[Row], worlds: list[int]) -> list[Row]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--ranks", nargs="+", type=int, choices=(1, 2, 4), default=[1, 2, 4])
     parser.add_argument("--every", type=int, choices=(1, 2, 3, 4), default=1, help="of N pairs take one (default all)")
+    parser.add_argument("--eps", type=float, default=1e-3, help="of AdamW (default 1e-3; a run's own default is 1e-8)")
     options = parser.parse_args(argv)
-    folder = Path(tempfile.mkdtemp())
-    (folder / "topics.txt").write_text("\n\n".join(topics.topics[name] for name in sorted(topics.topics)[:12]))
-    sources = topologies(options.ranks)
-    for ranks in options.ranks:
-        on_ranks(ranks, save_each, folder, topologies([ranks]))
-    rows: list[Row] = []
-    for ranks in options.ranks:
-        on_ranks(ranks, resume_each, folder, topologies([ranks]), sources, options.every)
-        rows += json.loads((folder / f"{ranks}.json").read_text())
-    shutil.rmtree(folder)
+    with TemporaryDirectory() as folder:
+        rows = compare(Path(folder), sorted(set(options.ranks)), options.every, options.eps)
     worst = max(row["relative_difference"] for row in rows)
     title = f"{len(rows)} pairs: the next {STEPS} losses differ by at most {worst:.1e} of their size"
     show(title, table(rows, options.ranks), None)
     save(rows, options.json)
+
+
+def compare(folder: Path, worlds: list[int], every: int, eps: float) -> list[Row]:
+    """Save on every topology, resume on every other; the rows of all pairs."""
+    (folder / "topics.txt").write_text("\n\n".join(topics.topics[name] for name in sorted(topics.topics)[:12]))
+    sources = topologies(worlds)
+    for ranks in worlds:
+        on_ranks(ranks, save_each, folder, topologies([ranks]), eps)
+    rows: list[Row] = []
+    for ranks in worlds:
+        on_ranks(ranks, resume_each, folder, topologies([ranks]), sources, every, eps)
+        rows += json.loads((folder / f"{ranks}.json").read_text())
+    return rows
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ class TrainState(NamedTuple):
     seconds: float  # spent in optimizer steps so far
     initial_eval_loss: float  # held-out loss before it
     data: str  # fingerprint of the training sequences, so that a position means the same ones
+    file_sizes: Mapping[str, int] = {}  # bytes of a stream's local files; a checkpoint may be older than this
 
 
 class Fault(NamedTuple):

@@ -159,18 +159,16 @@ def _plan(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from training.config import load_run_config
-    from training.plan.plan import make_plan, over_experts, over_stages
-    from training.plan.report import as_json, print_plan
+    from training.plan.plan import make_sheet
+    from training.plan.report import as_json, print_sheet
     from training.plan.specs import find_gpu
 
     run, gpu = load_run_config(options.config, options.overrides), find_gpu(options.gpu)
-    machines = options.gpus, gpu, options.efficiency
-    plan = make_plan(run, *machines)
-    stages, swept = over_stages(run, *machines), over_experts(run, *machines)
-    print_plan(plan, stages, swept, Console())
+    sheet = make_sheet(run, options.gpus, gpu, options.efficiency)
+    print_sheet(sheet, Console())
     if options.json:
         try:
-            options.json.write_text(json.dumps(as_json(plan, stages, swept), indent=2) + "\n", encoding="utf-8")
+            options.json.write_text(json.dumps(as_json(sheet), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write {options.json}: {error.strerror}; choose another --json") from error
     return 0

@@ -18,10 +18,11 @@ from moe.pretrained import TOKENIZER, load_weights, save_pretrained
 from routing import Learned, Measured, report
 from routing.errors import UserError
 from training.checkpoint import Checkpoints
-from training.checkpoint_files import TrainState
+from training.checkpoint_files import TrainState, some
 from training.config import LOCAL, RunConfig, differences
 from training.data.packing import StepSource, held_out_batches, unigram_entropy
-from training.data.prepare import PreparedData, fingerprint, prepare, step_source
+from training.data.prepare import PreparedData, file_sizes, fingerprint, prepare, step_source
+from training.data.stream import refuse_few_lanes
 from training.data.tokenizer import Vocabulary, vocabulary
 from training.engine import (
     Ranks,
@@ -116,12 +117,14 @@ def pretrain(run: RunConfig) -> Summary | None:
     source = agreed_checkpoint(run, ranks)
     with main_first(ranks):
         refuse_uneven_experts(run, ranks)
+        refuse_few_lanes(run.data.corpus, ranks.world)
         checkpoint = read_checkpoint(source, run) if source else None
         data = prepare(run.data, source / TOKENIZER if source else None)
         words = _fitting_vocabulary(data, run)
-        sequences = fingerprint(data.train)
+        sequences, sizes = fingerprint(data.train), file_sizes(data.train)
         if checkpoint:
             _refuse_other_data(checkpoint, sequences)
+            _warn_of_other_sizes(checkpoint, sizes, console)
     refuse_difference(sequences, "training sequences", ranks)
     engine, stream, evaluate_held_out = assemble(run, data, ranks, checkpoint.model if checkpoint else None)
     if checkpoint:
@@ -139,9 +142,10 @@ def pretrain(run: RunConfig) -> Summary | None:
             seconds=0.0,
             initial_eval_loss=before.loss,
             data=sequences,
+            file_sizes=sizes,
         )
         if checkpoint:
-            state = checkpoint.state
+            state = checkpoint.state._replace(file_sizes=sizes)
             load_moments(engine, checkpoint.optimizer, state.step)
             restore_rng(checkpoint.rng, ranks)
             del checkpoint  # closes its files
@@ -210,6 +214,19 @@ def _refuse_other_data(checkpoint: Checkpoint, sequences: str) -> None:
         raise UserError(
             f"cannot resume {checkpoint.folder}: it was trained on {checkpoint.state.data}, but the corpus "
             f"now gives {sequences}; restore the corpus, or set checkpoint.resume=never to start again"
+        )
+
+
+def _warn_of_other_sizes(checkpoint: Checkpoint, sizes: Mapping[str, int], console: Console) -> None:
+    before = checkpoint.state.file_sizes
+    differing = [name for name, size in sizes.items() if before.get(name, size) != size]
+    changed = [f"{name}: {before[name]:,} -> {sizes[name]:,} bytes" for name in differing]
+    if changed:
+        console.print(
+            f"warning: files have other sizes than when {checkpoint.folder} was saved ({some(changed, 3)}). That is "
+            "well if a row was repaired; but if rows were put in or taken out, the rows behind them are now others, "
+            "and documents are read twice or never: restore the files then",
+            markup=False,
         )
 
 

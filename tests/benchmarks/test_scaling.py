@@ -66,6 +66,43 @@ def test_every_collective_is_counted(tmp_path: Path) -> None:
         ]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--tokens 200", "--tokens 200 isn't a multiple of a sequence's 128 tokens"),
+        ("--ranks 0", "argument --ranks: '0' isn't a whole number of at least 1"),
+        ("--steps 0", "argument --steps: '0' isn't"),
+        ("--accumulation -1", "argument --accumulation: '-1' isn't"),
+        ("--rounds x", "argument --rounds: 'x' isn't"),
+        ("--ranks 1 3", "--ranks 3 doesn't divide the 8 experts; leave it out, or spread of --models"),
+        ("--width 100", "dense on 1 rank(s) is not a valid run"),
+        ("--json /nowhere/rows.json", "there is no folder /nowhere to write rows.json in"),
+        ("--json /", "/ is a folder; name a file"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_measured(
+    words: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scaling, "on_ranks", lambda *_: pytest.fail("something was measured"))
+    with pytest.raises(SystemExit) as ended:
+        scaling.main(words.split())
+    assert ended.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def cell(model: str, ranks: int, seconds: float) -> dict[str, Any]:
+    waits, sent = [[seconds / 2]] * ranks, [[0.0] * len(KINDS)] * ranks
+    return {"model": model, "stage": 1, "ranks": ranks, "seconds": [[seconds]] * ranks, "waits": waits, "sent": sent}
+
+
+@pytest.mark.parametrize("alone", ["experts", "spread"])  # on one rank they are the same, and measured once
+def test_spread_experts_are_compared_with_one_rank(alone: str) -> None:
+    options = {"width": 32, "tokens": 128, "accumulation": 1, "precision": "fp32", "ranks": [1, 2]}
+    rows = scaling.rows_of([[cell(alone, 1, 2.0)], [cell("spread", 2, 8.0)]], options)
+    assert [row["case"] for row in rows] == [f"{alone}, ZeRO-1", "spread, ZeRO-1"]
+    assert [row["relative"] for row in rows] == [1, 0.25]
+
+
 def test_a_step_sends_what_the_plan_says(tmp_path: Path) -> None:
     sizes = "--width 32 --tokens 1024 --accumulation 2 --stages 0 3 --ranks 2 --rounds 1 --steps 1"
     scaling.main([*sizes.split(), "--json", str(tmp_path / "rows.json")])

@@ -104,6 +104,25 @@ def test_a_damaged_document_is_told_and_repaired_the_run_goes_on(
     assert f"resumed from {tmp_path}/run/checkpoints/{reached.strip()}" in capsys.readouterr().out.replace("\n", "")
 
 
+def test_a_file_of_another_size_is_warned_of(
+    streamed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(write_yaml(tmp_path / "run.yaml", streamed))
+    assert main(["pretrain", config, "train.max_steps=1"]) == 0
+    sizes = {f"{n}.jsonl": (tmp_path / f"{n}.jsonl").stat().st_size for n in range(3)}
+    assert state(tmp_path / "run", 1).file_sizes == sizes
+    assert main(["pretrain", config, "train.max_steps=2"]) == 0
+    assert "warning" not in capsys.readouterr().out
+    line = '{"text": "Put in front."}\n'
+    (tmp_path / "1.jsonl").write_text(line + (tmp_path / "1.jsonl").read_text())
+    assert main(["pretrain", config, "train.max_steps=3"]) == 0
+    warned = " ".join(capsys.readouterr().out.split())
+    before, after = sizes["1.jsonl"], sizes["1.jsonl"] + len(line)
+    assert "warning: files have other sizes than when" in warned
+    assert f"(1.jsonl: {before:,} -> {after:,} bytes)" in warned
+    assert state(tmp_path / "run", 3).file_sizes == sizes | {"1.jsonl": after}  # once is enough
+
+
 def test_an_empty_lane_is_told_before_anything_is_written(
     streamed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

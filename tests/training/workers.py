@@ -167,7 +167,17 @@ def fail_to_save(config: str, out: str) -> None:
 
 
 def fail_to_read(failing: str, config: str, out: str, *cases: str) -> None:
-    """On two ranks `pretrain_all`, and then a run where the second comes upon a damaged document while it trains."""
+    """On two ranks a run of one lane, `pretrain_all`, and a run where the second comes upon a damaged document while it
+    trains."""
+    with mock.patch("training.pretrain.prepare", side_effect=AssertionError("nothing is prepared")):
+        try:
+            pretrain(load_run_config(Path(config), ["data.corpus.lanes=1", f"run_dir={out}/one-lane"]))
+        except (UserError, FailedElsewhere) as failure:
+            refused = failure
+    if int(os.environ["RANK"]) == 0:
+        assert "data.corpus.lanes is 1, but there are 2 ranks" in str(refused), refused
+    else:
+        assert isinstance(refused, FailedElsewhere), refused
     pretrain_all(config, out, *cases)
     try:
         pretrain(load_run_config(Path(failing), []))

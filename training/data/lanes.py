@@ -15,13 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from routing.errors import UserError
 from training.data.errors import DataError
 from training.data.masking import MaskingConfig
 from training.data.packing import MaskedBatch, cut, masked_batch
 from training.data.position import LanePosition, Position, StreamPosition
 from training.data.sources import Source
-from training.data.stream import StreamCorpus, lane_rows, share_of, window_order
+from training.data.stream import StreamCorpus, lane_rows, refuse_few_lanes, share_of, window_order
 from training.data.tokenizer import Vocabulary
 
 # Documents that are tokenized together: enough to be fast, few enough to be soon there after a resume.
@@ -151,11 +150,7 @@ class LaneStream:
         world: int = 1,
     ) -> None:
         lanes = stream.config.lanes
-        if world > lanes:
-            raise UserError(
-                f"data.corpus.lanes is {lanes}, but there are {world} ranks, and each reads a lane at least; launch "
-                f"{lanes} ranks at most, or start a run with more lanes"
-            )
+        refuse_few_lanes(stream.config, world)
         self._stream = stream
         self._masking = masking
         self._vocabulary = vocabulary

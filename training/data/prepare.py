@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -113,7 +114,7 @@ def fingerprint(train: Dataset | Stream) -> str:
     """Says in short whether a position means the same sequences as before.
 
     Of a dataset it knows all lengths and some of the text; of a stream the files' names alone, so that a damaged file
-    can be repaired.
+    can be repaired. `file_sizes` tells then what was touched.
     """
     if isinstance(train, Stream):
         digest = hashlib.sha256(json.dumps(train.source.relative_names()).encode()).hexdigest()[:12]
@@ -122,6 +123,15 @@ def fingerprint(train: Dataset | Stream) -> str:
     sample = train.select(range(0, len(lengths), max(1, len(lengths) // 1000)))
     digest = hashlib.sha256(lengths.tobytes() + json.dumps(sample["input_ids"][:]).encode()).hexdigest()[:12]
     return f"{len(lengths):,} training sequences, {lengths.sum():,} tokens ({digest})"
+
+
+def file_sizes(train: Dataset | Stream) -> dict[str, int]:
+    """Bytes of each of a stream's local files, by `Source.relative_names`; empty for a dataset, or what isn't local."""
+    if not isinstance(train, Stream):
+        return {}
+    source = train.source
+    files = zip(source.relative_names(), source.names, strict=True)
+    return {relative: os.path.getsize(name) for relative, name in files if os.path.isfile(name)}
 
 
 def _stream(config: DataConfig, corpus: StreamCorpus, tokenizer: Tokenizer) -> Stream:

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from routing.config import Config
+from routing.errors import UserError
 from training.data.sources import HubCorpus, JsonlCorpus, ParquetCorpus, Source, TextCorpus, open_source
 
 
@@ -34,6 +35,15 @@ class StreamCorpus(Config):
                 "it out (how many the tokenizer is trained on is `sample`)"
             )
         return self
+
+
+def refuse_few_lanes(corpus: Config, world: int) -> None:
+    """Raise UserError if `corpus` is a stream of fewer lanes than there are ranks."""
+    if isinstance(corpus, StreamCorpus) and world > corpus.lanes:
+        raise UserError(
+            f"data.corpus.lanes is {corpus.lanes}, but there are {world} ranks, and each reads a lane at least; take "
+            f"{corpus.lanes} ranks at most, or start a run with data.corpus.lanes={world} or more"
+        )
 
 
 class Share(NamedTuple):

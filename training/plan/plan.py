@@ -6,6 +6,7 @@ from typing import NamedTuple
 from moe.config import ExpertsConfig
 from routing.errors import UserError
 from training.config import RunConfig
+from training.data.stream import StreamCorpus, refuse_few_lanes
 from training.plan.activations import FLOAT, micro_batch, model_parts
 from training.plan.counts import (
     Flops,
@@ -162,6 +163,29 @@ def over_experts(run: RunConfig, gpus: int, gpu: Gpu, efficiency: float) -> list
     return [make_plan(_in_parallel(run, expert=n), gpus, gpu, efficiency) for n in expert_sizes(run, gpus)]
 
 
+def over_gpus(run: RunConfig, gpus: int, gpu: Gpu, efficiency: float) -> list[Plan]:
+    """For every power of two of GPUs up to 4,096, and for `gpus`, the best expert-parallel size's plan.
+
+    Where a step has fewer sequences than there are GPUs, `train.step_tokens` is raised to one for each; a stream is
+    taken to have lanes enough.
+    """
+    numbers = sorted({2**n for n in range(13)} | {gpus})
+    return [best(over_experts(_enlarged(run, number), number, gpu, efficiency)) for number in numbers]
+
+
+def _enlarged(run: RunConfig, gpus: int) -> RunConfig:
+    tokens = max(run.train.step_tokens, gpus * run.data.max_length)
+    corpus = run.data.corpus
+    if isinstance(corpus, StreamCorpus):
+        corpus = corpus.model_copy(update={"lanes": max(corpus.lanes, gpus)})
+    return run.model_copy(
+        update={
+            "train": run.train.model_copy(update={"step_tokens": tokens}),
+            "data": run.data.model_copy(update={"corpus": corpus}),
+        }
+    )
+
+
 def over_stages(run: RunConfig, gpus: int, gpu: Gpu, efficiency: float) -> list[Plan]:
     """A plan for every ZeRO stage."""
     return [make_plan(_in_parallel(run, zero_stage=n), gpus, gpu, efficiency) for n in range(4)]
@@ -169,6 +193,30 @@ def over_stages(run: RunConfig, gpus: int, gpu: Gpu, efficiency: float) -> list[
 
 def _in_parallel(run: RunConfig, **changes: int) -> RunConfig:
     return run.model_copy(update={"parallel": run.parallel.model_copy(update=changes)})
+
+
+class Sheet(NamedTuple):
+    """A run's plan, and what changes with one thing at a time."""
+
+    plan: Plan
+    stages: list[Plan]  # every ZeRO stage
+    sweep: list[Plan]  # every expert-parallel size
+    gpus: list[Plan]  # numbers of GPUs, each at its best expert-parallel size
+
+
+def make_sheet(run: RunConfig, gpus: int, gpu: Gpu, efficiency: float) -> Sheet:
+    """Everything that `moe plan` tells.
+
+    Raises:
+        UserError: as `make_plan`.
+    """
+    machines = gpus, gpu, efficiency
+    return Sheet(
+        make_plan(run, *machines),
+        over_stages(run, *machines),
+        over_experts(run, *machines),
+        over_gpus(run, *machines),
+    )
 
 
 def best(plans: list[Plan]) -> Plan:
@@ -205,3 +253,4 @@ def _check(run: RunConfig, gpus: int, efficiency: float) -> None:
             f"in a step, so some would have nothing to do; raise train.step_tokens to at least "
             f"{gpus * run.data.max_length}, or plan for at most {sequences} GPUs"
         )
+    refuse_few_lanes(run.data.corpus, gpus)

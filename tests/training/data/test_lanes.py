@@ -235,7 +235,7 @@ def test_what_is_read_ahead_is_not_given() -> None:
 
 
 def test_more_ranks_than_lanes_are_refused() -> None:
-    with pytest.raises(UserError, match=r"data\.corpus\.lanes is 2, but there are 3 ranks.*launch 2 ranks at most"):
+    with pytest.raises(UserError, match=r"data\.corpus\.lanes is 2, but there are 3 ranks.*take 2 ranks at most"):
         open_stream(a_few_files(), 2, world=3)
 
 
