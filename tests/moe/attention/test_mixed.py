@@ -111,8 +111,10 @@ def test_flops_are_those_that_torch_counts_in_convberts_layer() -> None:
 
 
 def test_a_tensor_that_is_not_there_is_named() -> None:
-    with pytest.raises(KeyError, match=r"h\.0\.self\.key_conv_attn_layer\.depthwise\.weight"):
-        convbert_attention({}, "h.0.")
+    state = {f"h.0.{name}": tensor for name, tensor in published(4, 9).state_dict().items()}
+    del state["h.0.self.key.weight"]
+    with pytest.raises(KeyError, match=r"h\.0\.self\.key\.weight"):
+        convbert_attention(state, "h.0.")
 
 
 def test_parameters_and_flops_literal() -> None:
