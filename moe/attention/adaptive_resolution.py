@@ -16,7 +16,7 @@ from moe.attention.pools import pool_size, pools_of
 from moe.attention.varlen import cross_attention
 from moe.attention.window import pairs_in_window, window_attention
 from moe.batch import PackedBatch, pack_lengths, to_device
-from moe.positions.rotary import RotaryConfig, rotary_angles, rotate
+from moe.positions.rotary import RotaryConfig, angles_at, turned
 from routing import Router, TokenChoiceConfig, build_router, route
 from routing.config import Config
 from routing.sequences import sequence_means
@@ -195,20 +195,18 @@ class AdaptiveResolution(nn.Module):
         """`[T, D]` -> `[T, H, C]`, the first `coarse` heads over pools and the others over windows."""
         config = self.config
         batch = to_device(pack_lengths(lengths), x.device)
-        q = self._turn(self.query(x).unflatten(1, (config.heads, -1)), batch.positions)
+        q = self.query(x).unflatten(1, (config.heads, -1))
+        angles = angles_at(batch.positions, q.shape[2], config.positions)
+        q = turned(q, angles)
         mixed = []
         if coarse > 0:
             pools = pools_of(lengths, config.pool_size, config.max_pools, x.device)
             # The mean of projections is the projection of the mean, of far fewer rows.
             k, v = self.key_value(sequence_means(x, pools.bounds).to(x.dtype), slice(coarse))
-            mixed.append(cross_attention(q[:, :coarse], self._turn(k, pools.centres), v, batch, pools))
+            k = turned(k, angles_at(pools.centres, k.shape[2], config.positions))
+            mixed.append(cross_attention(q[:, :coarse], k, v, batch, pools))
         if coarse < config.heads:
             k, v = self.key_value(x, slice(coarse, None))
-            k = self._turn(k, batch.positions)
-            mixed.append(window_attention(q[:, coarse:], k, v, batch, config.window // 2))
+            mixed.append(window_attention(q[:, coarse:], turned(k, angles), v, batch, config.window // 2))
         return torch.cat(mixed, dim=1)
 
-    def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
-        if self.config.positions is None:
-            return x
-        return rotate(x, *rotary_angles(positions, x.shape[2], self.config.positions))

@@ -11,7 +11,7 @@ from moe.attention.heads import check_heads
 from moe.attention.varlen import Rows, cross_attention
 from moe.attention.window import pairs_in_window, window_attention
 from moe.batch import PackedBatch
-from moe.positions.rotary import RotaryConfig, rotary_angles, rotate
+from moe.positions.rotary import RotaryConfig, angles_at, turned
 from routing.config import Config
 from routing.types import RoutingStats, Tokens
 
@@ -78,16 +78,12 @@ class LocalAttention(nn.Module):
         """`[T, D]` -> `[T, D]`, and no statistics: every head is always on."""
         length, width = x.shape
         qk, v = self.qkv(x).view(length, 3 * self.heads, width // self.heads).split([2 * self.heads, self.heads], dim=1)
-        q, k = self._turn(qk, batch.positions).chunk(2, dim=1)
+        angles = angles_at(batch.positions, qk.shape[2], self.positions)
+        q, k = turned(qk, angles).chunk(2, dim=1)
         mixed = window_attention(q, k, v, batch, self.reach, self.leading)
         if self.global_query is not None and self.global_key_value is not None:
             mixed = self._with_own_rows(mixed, x, batch, self.global_query, self.global_key_value)
         return self.output(mixed.reshape(length, width)), None
-
-    def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
-        if self.positions is None:
-            return x
-        return rotate(x, *rotary_angles(positions, x.shape[2], self.positions))
 
     def _with_own_rows(
         self, mixed: Tensor, x: Tensor, batch: PackedBatch, query: nn.Linear, key_value: nn.Linear
@@ -97,7 +93,8 @@ class LocalAttention(nn.Module):
         where = (batch.positions < self.leading).nonzero().squeeze(1)
         q = query(x[where]).view(-1, self.heads, channels)
         k, v = key_value(x).view(-1, 2, self.heads, channels).unbind(1)
-        q, k = self._turn(q, batch.positions[where]), self._turn(k, batch.positions)
+        q = turned(q, angles_at(batch.positions[where], channels, self.positions))
+        k = turned(k, angles_at(batch.positions, channels, self.positions))
         counts = batch.cu_seqlens.diff().clamp(max=self.leading)
         bounds = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
         rows = cross_attention(q, k, v, Rows(bounds, min(self.leading, batch.max_seqlen)), batch)

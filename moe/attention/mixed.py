@@ -14,7 +14,7 @@ from moe.attention.convolution import KernelSize, SpanKernel, convolve_heads, in
 from moe.attention.heads import check_heads
 from moe.attention.varlen import varlen_attention
 from moe.batch import PackedBatch
-from moe.positions.rotary import RotaryConfig, rotary_angles, rotate
+from moe.positions.rotary import RotaryConfig, angles_at, turned
 from routing.config import Config
 from routing.types import RoutingStats, Tokens
 
@@ -85,8 +85,6 @@ class MixedAttention(nn.Module):
         *attending, values = self.projections(x).chunk(4, dim=1)
         convolved = convolve_heads(self.span(x, attending[0], rows), values, rows)
         q, k, v = (half.unflatten(1, (self.heads, -1)) for half in attending)
-        if self.positions is not None:
-            cos, sin = rotary_angles(batch.positions, q.shape[2], self.positions)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        attended = varlen_attention(q, k, v, batch).flatten(1)
+        angles = angles_at(batch.positions, q.shape[2], self.positions)
+        attended = varlen_attention(turned(q, angles), turned(k, angles), v, batch).flatten(1)
         return self.output(torch.cat([attended, convolved], 1)), None

@@ -12,7 +12,7 @@ from moe.attention.head_convolution import head_convolution
 from moe.attention.heads import check_heads
 from moe.attention.varlen import Rows, cross_attention, varlen_attention
 from moe.batch import PackedBatch
-from moe.positions.rotary import RotaryConfig, rotary_angles, rotate
+from moe.positions.rotary import RotaryConfig, angles_at, turned
 from routing.config import Config
 from routing.sequences import sequence_of_token
 from routing.sync import readable
@@ -94,9 +94,8 @@ class NystromAttention(nn.Module):
             qkv = qkv.float()
         q, k, v = qkv.view(length, 3, self.heads, width // self.heads).unbind(1)
         with torch.autocast(x.device.type, enabled=False):
-            if self.positions is not None:
-                cos, sin = rotary_angles(batch.positions, width // self.heads, self.positions)
-                q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            angles = angles_at(batch.positions, width // self.heads, self.positions)
+            q, k = turned(q, angles), turned(k, angles)
             if batch.max_seqlen <= self.landmarks:
                 mixed = varlen_attention(q, k, v, batch)
             else:

@@ -16,7 +16,7 @@ from moe.attention.head_statistics import MeasuredHeadsConfig, head_statistics
 from moe.attention.heads import channels_of, check_heads
 from moe.attention.varlen import varlen_attention
 from moe.batch import PackedBatch
-from moe.positions.rotary import RotaryConfig, rotary_angles, rotate
+from moe.positions.rotary import Angles, RotaryConfig, angles_at, turned
 from routing import Measured, build_router, route
 from routing.config import (
     Config,
@@ -192,7 +192,7 @@ class RoutedHeads(nn.Module):
 
     def forward(self, x: Tensor, batch: PackedBatch, tokens: Tokens) -> tuple[Tensor, RoutingStats]:
         """`[T, D]` -> `[T, D]` and the router's statistics."""
-        place = _place(self.config, batch, self.query.shape[1])
+        place = angles_at(batch.positions, self.query.shape[1], self.config.positions)
         seen = self._statistics(x, batch, place) if isinstance(self.router, Measured) else x
         routing, stats = route(self.router, seen, tokens)
         routing = routing._replace(weights=routing.weights * self.scale)
@@ -209,18 +209,17 @@ class RoutedHeads(nn.Module):
         return y if self.output_bias is None else y + self.output_bias.to(y.dtype), stats
 
     @torch.no_grad()
-    def _statistics(self, x: Tensor, batch: PackedBatch, place: "Place | None") -> Tensor:
+    def _statistics(self, x: Tensor, batch: PackedBatch, place: Angles | None) -> Tensor:
         """Of the routed heads' scores, `[T, E]` float32; at evaluation, when none are wanted, zeros."""
         assert isinstance(self.config.router, MeasuredHeadsConfig)
         if not self.training:
             return x.new_zeros(len(x), self.config.routed, dtype=torch.float32)
         _, heads = self._shared_and_routed()
         q, (k, _) = heads.queries(x), heads.keys_and_values(x)
-        if place is not None:
-            q, k = rotate(q, *place), rotate(k, *place)
+        q, k = turned(q, place), turned(k, place)
         return head_statistics(q, k, batch.cu_seqlens, self.config.router.statistic)
 
-    def _same_for_all(self, x: Tensor, routing: Routing, batch: PackedBatch, place: "Place | None") -> Tensor:
+    def _same_for_all(self, x: Tensor, routing: Routing, batch: PackedBatch, place: Angles | None) -> Tensor:
         """Shared and chosen heads, as if there were no others."""
         gates, chosen = routing.weights.sum(0), torch.arange(routing.choices.shape[1], device=x.device)
         if len(x):  # without tokens the router tells of no choice, and any does
@@ -231,11 +230,11 @@ class RoutedHeads(nn.Module):
         q, (k, v) = heads.queries(x), heads.keys_and_values(x)
         return _always(q, k, v, heads.output * gates[:, None, None], batch, place)
 
-    def _by_token(self, x: Tensor, rows: HeadRows, batch: PackedBatch, place: "Place | None") -> Tensor:
+    def _by_token(self, x: Tensor, rows: HeadRows, batch: PackedBatch, place: Angles | None) -> Tensor:
         """Keys and values of all heads; queries and outputs of those that a token chose."""
         shared, routed = self._shared_and_routed()
         k, v = self.heads.keys_and_values(x)
-        k = k if place is None else rotate(k, *place)
+        k = turned(k, place)
         q = gathered_linear(x, routed.query, rows)
         if routed.query_bias is not None:
             q = q + routed.query_bias.to(q.dtype)[rows.heads]
@@ -243,10 +242,9 @@ class RoutedHeads(nn.Module):
         y = _finish(_turned(q, _of_rows(place, rows)), k[:, count:], v[:, count:], routed.output, rows, batch)
         if not count:
             return y
-        turned = shared.queries(x) if place is None else rotate(shared.queries(x), *place)
-        return y + _always(turned, k[:, :count], v[:, :count], shared.output, batch, None)
+        return y + _always(turned(shared.queries(x), place), k[:, :count], v[:, :count], shared.output, batch, None)
 
-    def _by_sequence(self, x: Tensor, rows: HeadRows, batch: PackedBatch, place: "Place | None") -> Tensor:
+    def _by_sequence(self, x: Tensor, rows: HeadRows, batch: PackedBatch, place: Angles | None) -> Tensor:
         """Queries, keys, values and outputs of the heads that a sequence chose, for all of its tokens."""
         shared, routed = self._shared_and_routed()
         projected = gathered_linear(x, torch.cat([routed.query, routed.key_value.flatten(1, 2)], dim=1), rows)
@@ -268,26 +266,18 @@ class RoutedHeads(nn.Module):
         return f"heads={self.config.heads}, shared={self.config.shared}"
 
 
-Place = tuple[Tensor, Tensor]  # cosine and sine of tokens' rotary angles, [T, C/2]
-
-
-def _place(config: RoutedHeadsConfig, batch: PackedBatch, channels: int) -> Place | None:
-    return None if config.positions is None else rotary_angles(batch.positions, channels, config.positions)
-
-
-def _of_rows(place: Place | None, rows: HeadRows) -> Place | None:
+def _of_rows(place: Angles | None, rows: HeadRows) -> Angles | None:
     return None if place is None else (place[0][rows.tokens], place[1][rows.tokens])
 
 
-def _turned(x: Tensor, angles: Place | None) -> Tensor:
+def _turned(x: Tensor, angles: Angles | None) -> Tensor:
     """`[R, C]`, each row by its token's position."""
-    return x if angles is None else rotate(x[:, None], *angles).squeeze(1)
+    return turned(x[:, None], angles).squeeze(1)
 
 
-def _always(q: Tensor, k: Tensor, v: Tensor, output: Tensor, batch: PackedBatch, place: Place | None) -> Tensor:
+def _always(q: Tensor, k: Tensor, v: Tensor, output: Tensor, batch: PackedBatch, place: Angles | None) -> Tensor:
     """Heads `[T, A, C]` that are computed for all tokens, and their output: `[T, D]`."""
-    if place is not None:
-        q, k = rotate(q, *place), rotate(k, *place)
+    q, k = turned(q, place), turned(k, place)
     return F.linear(varlen_attention(q, k, v, batch).flatten(1), output.flatten(0, 1).t())
 
 
