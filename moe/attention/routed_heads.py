@@ -162,6 +162,8 @@ class RoutedHeads(nn.Module):
     with biases `query_bias [H, C]`, `key_value_bias [H, 2, C]`, `output_bias [D]`.
     """
 
+    routes = "heads"
+
     def __init__(self, config: RoutedHeadsConfig, width: int) -> None:
         super().__init__()
         self.config = config
