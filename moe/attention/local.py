@@ -42,20 +42,21 @@ class LocalAttentionConfig(Config):
         check_heads(width, self.heads, pairs=self.positions is not None)
 
     def num_params(self, width: int) -> int:
-        return (7 if self._own_projections() else 4) * width * (width + self.bias)
+        return (7 if self.own_projections else 4) * width * (width + self.bias)
 
     def num_active_params(self, width: int) -> int:
         """A token that isn't global meets only its own key and value of the global projections."""
-        return (6 if self._own_projections() else 4) * width * (width + self.bias)
+        return (6 if self.own_projections else 4) * width * (width + self.bias)
 
     def flops_per_token(self, width: int, length: int) -> float:
         """Projections, and scores and mixing of the pairs that see each other: the band, not what blocks multiply."""
         leading = min(self.global_tokens.count, length) if self.global_tokens else 0
-        own = 2 * width * width * (2 + leading / length) if self._own_projections() else 0.0
+        own = 2 * width * width * (2 + leading / length) if self.own_projections else 0.0
         pairs = pairs_in_window(length - leading, self.window // 2) + leading * (2 * length - leading)
         return 8 * width * width + own + 4 * width * pairs / length
 
-    def _own_projections(self) -> bool:
+    @property
+    def own_projections(self) -> bool:
         return self.global_tokens is not None and self.global_tokens.projections == "own"
 
 
@@ -69,7 +70,7 @@ class LocalAttention(nn.Module):
         self.positions = config.positions
         self.leading = config.global_tokens.count if config.global_tokens else 0
         self.qkv = nn.Linear(width, 3 * width, bias=config.bias)
-        own = config.global_tokens is not None and config.global_tokens.projections == "own"
+        own = config.own_projections
         self.global_query = nn.Linear(width, width, bias=config.bias) if own else None
         self.global_key_value = nn.Linear(width, 2 * width, bias=config.bias) if own else None
         self.output = nn.Linear(width, width, bias=config.bias)

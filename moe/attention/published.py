@@ -85,9 +85,9 @@ def nystromformer_attention(state: Mapping[str, Tensor], prefix: str = "") -> St
 def convbert_attention(state: Mapping[str, Tensor], prefix: str = "") -> State:
     """`ConvBertAttention` (arXiv 2008.02496) -> kind `mixed` with `positions: null` and its `head_ratio`."""
     own, span = f"{prefix}self.", f"{prefix}self.key_conv_attn_layer."
-    projections = (f"{own}{name}" for name in ("query", "key", "value", "conv_out_layer"))
+    inputs = (f"{own}{name}" for name in ("query", "key", "value", "conv_out_layer"))
     return (
-        _linear(state, "projections", *projections)
+        _linear(state, "qkv", *inputs)
         | _linear(state, "span.kernel", f"{own}conv_kernel_layer")
         | _linear(state, "output", f"{prefix}output.dense")
         | {

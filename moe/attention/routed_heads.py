@@ -17,6 +17,7 @@ from moe.attention.heads import channels_of, check_heads
 from moe.attention.varlen import varlen_attention
 from moe.batch import PackedBatch
 from moe.positions.rotary import Angles, RotaryConfig, angles_at, turned
+from moe.precision import in_autocast
 from routing import Measured, build_router, route
 from routing.config import (
     Config,
@@ -198,9 +199,7 @@ class RoutedHeads(nn.Module):
         seen = self._statistics(x, batch, place) if isinstance(self.router, Measured) else x
         routing, stats = route(self.router, seen, tokens)
         routing = routing._replace(weights=routing.weights * self.scale)
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):  # autocast doesn't know products of rows
-            x = x.to(torch.get_autocast_dtype(kind))
+        x = in_autocast(x)  # which doesn't know products of rows
         measuring = isinstance(self.router, Measured) and self.training
         if self.config.chosen_by == "all" and not measuring:
             y = self._same_for_all(x, routing, batch, place)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe.attention.varlen import choose_kernel
+from moe.attention.varlen import choose_kernel, cuda_varlen
 from moe.attention.window_cpu import cpu_window_attention
 from moe.batch import PackedBatch
 from routing.sequences import sequence_of_token
@@ -33,20 +33,10 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, reach:
         `[T, H, C]`, in the dtype of `q`.
     """
     kernel = choose_kernel(q.device.type, q.dtype, q.shape[2])
-    cu, longest = batch.cu_seqlens, batch.max_seqlen
     if kernel == "cpu":
-        return cpu_window_attention(q, k, v, cu, reach, leading)
-    if kernel == "torch" and leading == 0 and _torch_knows_windows():
-        from torch.nn.attention.varlen import varlen_attn
-
-        out = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(reach, reach))
-        assert isinstance(out, Tensor)  # a tuple only when extra outputs are asked for
-        return out
-    if kernel == "flash_attn" and leading == 0:
-        from flash_attn import flash_attn_varlen_func
-
-        mixed: Tensor = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, window_size=(reach, reach))
-        return mixed
+        return cpu_window_attention(q, k, v, batch.cu_seqlens, reach, leading)
+    if leading == 0 and (kernel == "flash_attn" or (kernel == "torch" and _torch_knows_windows())):
+        return cuda_varlen(kernel, q, k, v, batch, batch, reach)
     return _on_grid(q, k, v, batch, reach, leading)
 
 

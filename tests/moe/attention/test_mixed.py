@@ -40,9 +40,9 @@ def test_halves_are_softmax_attention_and_span_convolution_of_their_own(position
     layer = filled(MixedAttention(MixedAttentionConfig(**options, head_ratio=1, positions=positions, kernel_size=5), 8))
     softmax = SoftmaxAttention(SoftmaxAttentionConfig(**options, positions=positions), 8)
     span = SpanConvolution(SpanConvolutionConfig(**options, kernel_size=5), 8)
-    q, k, v, convolved = layer.projections.weight.chunk(4)
+    q, k, v, convolved = layer.qkv.weight.chunk(4)
     own = dict(layer.named_parameters())
-    biases, kernels = own["projections.bias"].chunk(4), {n: p for n, p in own.items() if n.startswith("span.")}
+    biases, kernels = own["qkv.bias"].chunk(4), {n: p for n, p in own.items() if n.startswith("span.")}
     attending = {"qkv.weight": torch.cat([q, k, v]), "qkv.bias": torch.cat(biases[:3])}
     convolving = {
         "query_value.weight": torch.cat([q, convolved]),

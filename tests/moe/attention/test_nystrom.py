@@ -166,7 +166,7 @@ def test_as_many_landmarks_as_tokens_is_nearly_exact() -> None:
 
 
 def test_a_convolution_without_a_middle_is_refused() -> None:
-    with pytest.raises(ValidationError, match="a convolution of 4 tokens has no middle; give an odd number such as 5"):
+    with pytest.raises(ValidationError, match="a kernel of 4 taps has none in the middle"):
         NystromConfig(convolution=4)
 
 
