@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from moe.attention.heads import check_heads
 from moe.attention.pools import pool_size, pools_of
 from moe.attention.varlen import cross_attention
-from moe.attention.window import pairs_in_window, window_attention
+from moe.attention.window import Window, pairs_in_window, window_attention
 from moe.batch import PackedBatch, pack_lengths, to_device
 from moe.positions.rotary import RotaryConfig, angles_at, turned
 from routing import Router, TokenChoiceConfig, build_router, route
@@ -107,7 +107,7 @@ class AdaptiveResolutionConfig(Config):
     kind: Literal["adaptive_resolution"] = "adaptive_resolution"
     heads: int = Field(default=4, ge=1)
     split: Annotated[LengthSplit | RoutedSplit, Field(discriminator="kind")] = LengthSplit()
-    window: int = Field(default=128, ge=2, multiple_of=2)  # of fine heads: window / 2 tokens to each side
+    window: Window = 128  # of fine heads: window / 2 tokens to each side
     pool_size: int = Field(default=4, ge=1)  # tokens of a pool, at least
     max_pools: int = Field(default=64, ge=1)  # of a sequence: a longer one has larger pools
     positions: RotaryConfig | None = RotaryConfig()  # a pool stands at the mean of its tokens' places

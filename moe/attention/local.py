@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from moe.attention.heads import check_heads
 from moe.attention.varlen import Rows, cross_attention
-from moe.attention.window import pairs_in_window, window_attention
+from moe.attention.window import Window, pairs_in_window, window_attention
 from moe.batch import PackedBatch
 from moe.positions.rotary import RotaryConfig, angles_at, turned
 from routing.config import Config
@@ -32,7 +32,7 @@ class LocalAttentionConfig(Config):
 
     kind: Literal["local"] = "local"
     heads: int = Field(default=4, ge=1)
-    window: int = Field(default=128, ge=2, multiple_of=2)  # a token sees window / 2 to each side, and itself
+    window: Window = 128  # a token sees window / 2 to each side, and itself
     global_tokens: GlobalTokensConfig | None = None
     positions: RotaryConfig | None = RotaryConfig()  # None: order is seen no closer than the window
     bias: bool = False  # of the projections, as published models have it

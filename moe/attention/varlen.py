@@ -76,10 +76,15 @@ def cuda_varlen(
 
     With a `reach` a token sees so many to each side, where the kernel knows windows.
     """
+    attend: Any
     if kernel == "torch":
-        from torch.nn.attention.varlen import varlen_attn as attend
+        from torch.nn.attention.varlen import varlen_attn
+
+        attend = varlen_attn
     else:
-        from flash_attn import flash_attn_varlen_func as attend
+        from flash_attn import flash_attn_varlen_func
+
+        attend = flash_attn_varlen_func
     window: dict[str, Any] = {} if reach is None else {"window_size": (reach, reach)}
     bounds = (queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen)
     mixed = attend(q, k, v, *bounds, **window)

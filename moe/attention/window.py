@@ -6,8 +6,10 @@ window; for the rest as blocks of a padded grid, which reads no value and costs 
 
 from functools import cache
 from inspect import signature
+from typing import Annotated
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +17,20 @@ from moe.attention.varlen import choose_kernel, cuda_varlen
 from moe.attention.window_cpu import cpu_window_attention
 from moe.batch import PackedBatch
 from routing.sequences import sequence_of_token
+
+
+def _even(window: int) -> int:
+    if window % 2:
+        raise ValueError(
+            f"window is {window}, but a token sees window / 2 tokens to each side: give a multiple of 2, such as "
+            f"{window + 1}"
+        )
+    return window
+
+
+Window = Annotated[
+    int, Field(ge=2), AfterValidator(_even)
+]  # tokens, half of them to each side, beside the token itself
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, reach: int, leading: int = 0) -> Tensor:

@@ -4,7 +4,7 @@ from math import ceil, floor, log, pi
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from routing.config import Config
@@ -36,6 +36,15 @@ class YarnScalingConfig(Config):
     trained_length: int = Field(ge=1)  # tokens, before the extension
     fast: float = Field(default=32.0, gt=0)
     slow: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _fast_turns_more_often(self) -> "YarnScalingConfig":
+        if self.fast < self.slow:
+            raise ValueError(
+                f"fast is {self.fast} turns and slow {self.slow}: pairs between them are partly interpolated, so fast "
+                "must be at least slow"
+            )
+        return self
 
 
 ScalingConfig = Annotated[LinearScalingConfig | NtkScalingConfig | YarnScalingConfig, Field(discriminator="kind")]

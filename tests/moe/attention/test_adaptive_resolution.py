@@ -273,7 +273,7 @@ def test_a_token_costs_the_same_at_any_length_beyond_the_last_threshold() -> Non
             {"split": {"coarse_heads": 3}},
             "coarse_heads is 3; give a mapping from lengths to numbers of heads, such as {0: 1",
         ),
-        ({"window": 5}, "multiple of 2"),
+        ({"window": 5}, "sees window / 2 tokens to each side: give a multiple of 2, such as 6"),
     ],
 )
 def test_what_makes_no_split_is_refused(given: dict[str, Any], message: str) -> None:
