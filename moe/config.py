@@ -82,7 +82,11 @@ class BlockOverride(Config):
 
 
 class EncoderConfig(Config):
-    """A transformer encoder. `block` describes every layer, `overrides` the exceptions (a later one wins)."""
+    """A transformer encoder. `block` describes every layer, `overrides` the exceptions (a later one wins).
+
+    Where no layer's attention sees order (`linear`, or `positions: null` without a convolution), learned `positions`
+    are all that tells it; without them the encoder is one of sets of tokens, which isn't refused.
+    """
 
     vocab_size: int = Field(default=8192, ge=1)
     width: int = Field(default=256, ge=1)

@@ -20,7 +20,7 @@ def biased_varlen_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, batch
     """`softmax(q k^T / sqrt(C) + bias) v` of each sequence over its own tokens.
 
     On a CPU it is computed in float32, and a sequence's scores are never held at once but for the gradient of the bias,
-    one head at a time.
+    one head at a time. Other devices build a sequence's bias of every query and key, `[H, S, S]` in the dtype of `q`.
 
     Args:
         q, k, v: `[T, H, C]`, same dtype.

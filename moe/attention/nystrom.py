@@ -35,7 +35,7 @@ class NystromConfig(Config):
     # Whose greatest column sum the pseudo-inverse starts from: each head's own, as in the paper, or that of all heads
     # of a sequence: what published models have for a sequence alone (beside others, theirs depends on them).
     inverse_start: Literal["head", "sequence"] = "head"
-    positions: RotaryConfig | None = None  # of queries and keys, before their means are taken
+    positions: RotaryConfig | None = RotaryConfig()  # of queries and keys, before their means are taken
     bias: bool = False
 
     def check(self, width: int) -> None:

@@ -30,7 +30,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def built(**fields: object) -> NystromAttention:
-    config = NystromConfig(**{"heads": 2, "landmarks": LANDMARKS, "convolution": 3, **fields})
+    config = NystromConfig(**{"heads": 2, "landmarks": LANDMARKS, "convolution": 3, "positions": None, **fields})
     return NystromAttention(config, width=8)
 
 
