@@ -17,14 +17,17 @@ from routing.types import RoutingStats, Tokens
 
 class BlockOutput(NamedTuple):
     x: Tensor  # [T, D]
-    routing: dict[str, RoutingStats]  # by what was routed: "heads", "experts"
+    routing: dict[str, RoutingStats]  # by what was routed: "heads" or "splits", "experts"
 
 
 @runtime_checkable
 class Routed(Protocol):
-    """A sublayer with a router."""
+    """A sublayer that may have a router, and what it then routes: also the name of its statistics."""
 
-    router: Router
+    @property
+    def router(self) -> Router | None: ...
+    @property
+    def routes(self) -> str: ...  # "heads", "splits" or "experts"
 
 
 class EncoderBlock(nn.Module):
@@ -34,6 +37,7 @@ class EncoderBlock(nn.Module):
         super().__init__()
         self.attention_norm = nn.LayerNorm(width, eps=norm_eps, bias=False)
         self.attention = build_attention(config.attention, width)
+        self.attention_routes = self.attention.routes if isinstance(self.attention, Routed) else ""
         self.feed_forward_norm = nn.LayerNorm(width, eps=norm_eps, bias=False)
         self.feed_forward = build_feed_forward(config.feed_forward, width, norm_eps)
         self.dropout = nn.Dropout(dropout)
@@ -41,21 +45,21 @@ class EncoderBlock(nn.Module):
     def forward(self, x: Tensor, batch: PackedBatch, tokens: Tokens) -> BlockOutput:
         """`[T, D]` -> `[T, D]` with the statistics of what was routed."""
         routing: dict[str, RoutingStats] = {}
-        mixed, heads = self.attention(self.attention_norm(x), batch, tokens)
-        if heads is not None:
-            routing["heads"] = heads
+        mixed, stats = self.attention(self.attention_norm(x), batch, tokens)
+        if stats is not None:
+            routing[self.attention_routes] = stats
         x = x + self.dropout(mixed)
         normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, MoEFeedForward):
-            fed, routing["experts"] = self.feed_forward(normed, tokens)
+            fed, routing[self.feed_forward.routes] = self.feed_forward(normed, tokens)
         else:
             fed = self.feed_forward(normed)
         return BlockOutput(x + self.dropout(fed), routing)
 
     def routers(self) -> dict[str, Router]:
         """By what they route, as in `BlockOutput.routing`."""
-        sublayers = {"heads": self.attention, "experts": self.feed_forward}
-        return {kind: layer.router for kind, layer in sublayers.items() if isinstance(layer, Routed)}
+        sublayers = [layer for layer in (self.attention, self.feed_forward) if isinstance(layer, Routed)]
+        return {layer.routes: layer.router for layer in sublayers if layer.router is not None}
 
 
 def build_feed_forward(config: FeedForwardConfig, width: int, norm_eps: float) -> nn.Module:

@@ -5,9 +5,9 @@ What a layer can be made of has its config beside its module; here they come tog
 a matrix product; elementwise work isn't counted).
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from moe.attention.kinds import AttentionConfig
 from moe.attention.softmax import SoftmaxAttentionConfig
@@ -57,6 +57,24 @@ class BlockOverride(Config):
     attention: AttentionConfig | None = None
     feed_forward: FeedForwardConfig | None = None
 
+    @field_validator("attention", "feed_forward", mode="before")
+    @classmethod
+    def _says_its_kind(cls, given: Any, info: ValidationInfo) -> Any:
+        if isinstance(given, dict) and "kind" not in given:
+            raise ValueError(
+                f"an override replaces the block's {info.field_name} as a whole, so it must say which: add kind, such "
+                f"as {{kind: {'softmax' if info.field_name == 'attention' else 'dense'}, ...}}"
+            )
+        return given
+
+    @model_validator(mode="after")
+    def _overrides_something(self) -> "BlockOverride":
+        if self.layers == ():
+            raise ValueError("layers is [], so this override is of no layer: name some, or remove it")
+        if self.attention is None and self.feed_forward is None:
+            raise ValueError("this override gives neither attention nor feed_forward: give one, or remove it")
+        return self
+
     def covers(self, layer: int) -> bool:
         if isinstance(self.layers, EveryNth):
             return layer >= self.layers.start and (layer - self.layers.start) % self.layers.every == 0
@@ -64,7 +82,11 @@ class BlockOverride(Config):
 
 
 class EncoderConfig(Config):
-    """A transformer encoder. `block` describes every layer, `overrides` the exceptions (a later one wins)."""
+    """A transformer encoder. `block` describes every layer, `overrides` the exceptions (a later one wins).
+
+    Where no layer's attention sees order (`linear`, or `positions: null` without a convolution), learned `positions`
+    are all that tells it; without them the encoder is one of sets of tokens, which isn't refused.
+    """
 
     vocab_size: int = Field(default=8192, ge=1)
     width: int = Field(default=256, ge=1)
@@ -132,8 +154,7 @@ class EncoderConfig(Config):
         for layer, block in enumerate(self.blocks()):
             try:
                 block.attention.check(self.width)
-                if isinstance(block.feed_forward, GroupedDenseConfig):
-                    block.feed_forward.check(self.width)
+                block.feed_forward.check(self.width)
             except ValueError as error:
                 raise ValueError(f"layer {layer}: {error}") from None
         return self

@@ -41,7 +41,7 @@ class Embeddings(nn.Module):
             if batch.max_seqlen > self.positions.num_embeddings:
                 raise ValueError(
                     f"a sequence of {batch.max_seqlen} tokens, but there are learned positions for "
-                    f"{self.positions.num_embeddings}; cut it, or raise model.positions.max_length and train those"
+                    f"{self.positions.num_embeddings}; cut it, or raise positions.max_length and train those"
                 )
             x = x + self.positions(batch.positions)
         return self.dropout(self.norm(x))

@@ -15,7 +15,7 @@ from routing import Router, RoutingStats, Tokens
 
 class EncoderOutput(NamedTuple):
     last_hidden_state: Tensor  # [B, L, D], zero at padding; [T, D] for packed input
-    routing: dict[str, RoutingStats]  # "3.experts", "3.heads": layer 3's routers
+    routing: dict[str, RoutingStats]  # "3.experts", "3.heads", "3.splits": layer 3's routers
 
 
 class Encoder(nn.Module):

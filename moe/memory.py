@@ -39,6 +39,9 @@ class MemoryConfig(Config):
     def slots(self) -> int:
         return self.sub_keys**2
 
+    def check(self, width: int) -> None:
+        """Any width will do."""
+
     def num_params(self, width: int) -> int:
         return self._queries(width) + self.slots * width
 

@@ -42,14 +42,21 @@ class Config(BaseModel):
         """A section that names no kind, or the default's, refines the field's default, whatever its class's are."""
         if not isinstance(data, dict):
             return data
-        filled = dict(data)
-        for name, field in cls.model_fields.items():
-            default, given = field.default, data.get(name)
-            if isinstance(default, Config) and isinstance(given, dict):
-                kind = getattr(default, "kind", None)
-                if given.get("kind", kind) == kind:
-                    filled[name] = {**dict(default), **given}
-        return filled
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        return {name: refined(defaults.get(name), given) for name, given in data.items()}
+
+
+def refined(default: Any, given: Any) -> Any:
+    """What is given of a section, and the rest, at any depth, as the default of that section has it.
+
+    Anything that isn't a section of the default's kind is as it is given.
+    """
+    if not isinstance(default, Config) or not isinstance(given, dict):
+        return given
+    kind = getattr(default, "kind", None)
+    if given.get("kind", kind) != kind:
+        return given
+    return {**dict(default), **{name: refined(getattr(default, name, None), value) for name, value in given.items()}}
 
 
 class CapacityConfig(Config):

@@ -1,6 +1,7 @@
 """RunConfig: everything a run is, read from YAML and `a.b=value` overrides."""
 
 from collections.abc import Collection
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -246,8 +247,15 @@ def describe_errors(error: ValidationError, data: dict[str, Any], source: str) -
         message = problem["msg"].removeprefix("Value error, ")
         where = _yaml_path(problem["loc"], data, absent=problem["type"] == "missing")
         given = "" if isinstance(problem["input"], dict | Config) else f" (given: {problem['input']!r})"
-        lines.append(f"  {where + ': ' if where else ''}{message}{given}")
+        lines.append(f"  {where + ': ' if where else ''}{message}{_nearest_kind(problem.get('ctx', {}))}{given}")
     return f"{source} is not a valid run:\n" + "\n".join(lines)
+
+
+def _nearest_kind(context: dict[str, Any]) -> str:
+    """For a kind that doesn't exist; nothing for other mistakes, or where none is near."""
+    valid = str(context.get("expected_tags", "")).replace("'", "").split(", ")
+    near = get_close_matches(str(context.get("tag")), valid, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def _yaml_path(loc: tuple[int | str, ...], data: Any, absent: bool) -> str:

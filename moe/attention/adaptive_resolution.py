@@ -4,55 +4,79 @@ Fine heads see a window, coarse heads see the whole sequence in pools of neighbo
 is a sequence's own: set by its length or chosen by a router.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.attention.heads import check_heads
 from moe.attention.pools import pool_size, pools_of
 from moe.attention.varlen import cross_attention
-from moe.attention.window import pairs_in_window, window_attention
+from moe.attention.window import Window, pairs_in_window, window_attention
 from moe.batch import PackedBatch, pack_lengths, to_device
-from moe.positions.rotary import RotaryConfig, rotary_angles, rotate
+from moe.positions.rotary import RotaryConfig, angles_at, turned
 from routing import Router, TokenChoiceConfig, build_router, route
-from routing.config import Config
+from routing.config import Config, RoutingLossConfig
 from routing.sequences import sequence_means
 from routing.types import RoutingStats, Tokens
 
 _Count = Annotated[int, Field(ge=0)]
 
 
+def _pairs(given: Any) -> Any:
+    if not isinstance(given, Mapping | tuple):
+        raise ValueError(
+            f"coarse_heads is {given!r}; give a mapping from lengths to numbers of heads, such as {{0: 1, 512: 2}}"
+        )
+    return tuple(given.items()) if isinstance(given, Mapping) else given
+
+
+# Written as a mapping, kept as its sorted pairs: those of a frozen config can't be changed, and have a hash.
+_CountByLength = Annotated[tuple[tuple[_Count, _Count], ...], BeforeValidator(_pairs), PlainSerializer(dict)]
+
+
 class LengthSplit(Config):
-    """A sequence's length says how many of its heads are coarse: keys are the lengths from which on it is so many."""
+    """A sequence's length says how many of its heads are coarse.
+
+    `coarse_heads` is a mapping from the lengths from which on it is so many, such as `{0: 1, 512: 2}`.
+    """
 
     kind: Literal["by_length"] = "by_length"
-    coarse_heads: dict[_Count, _Count] = Field(default={0: 1, 512: 2, 2048: 3})
+    coarse_heads: _CountByLength = ((0, 1), (512, 2), (2048, 3))
 
-    @model_validator(mode="after")
-    def _holds_for_every_length(self) -> "LengthSplit":
-        if 0 not in self.coarse_heads:
+    @field_validator("coarse_heads")
+    @classmethod
+    def _holds_for_every_length(cls, pairs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        pairs = tuple(sorted(dict(pairs).items()))
+        if not pairs or pairs[0][0] != 0:
             raise ValueError(
-                f"coarse_heads says nothing of lengths below {min(self.coarse_heads, default='any')}; add what holds "
-                "from 0 on, such as {0: 1}"
+                f"coarse_heads says nothing of lengths below {pairs[0][0] if pairs else 'any'}; add what holds from "
+                "0 on, such as {0: 1}"
             )
-        return self
+        return pairs
 
     def at(self, length: int) -> int:
-        return self.coarse_heads[max(start for start in self.coarse_heads if start <= length)]
+        return next(coarse for start, coarse in reversed(self.coarse_heads) if start <= length)
 
     def counts(self) -> list[int]:
-        return sorted(set(self.coarse_heads.values()))
+        return sorted({coarse for _, coarse in self.coarse_heads})
 
 
 class RoutedSplit(Config):
-    """A router chooses, for each sequence, how many of its heads are coarse: one of the numbers given."""
+    """A router chooses, for each sequence, how many of its heads are coarse: one of the numbers given.
+
+    It sees the mean of the sequence's tokens and its length. Splits needn't be used equally, so by default there is no
+    balance loss.
+    """
 
     kind: Literal["routed"] = "routed"
     coarse_heads: tuple[_Count, ...] = (1, 3)
-    router: TokenChoiceConfig = TokenChoiceConfig(top_k=1, scope="sequence", renormalize=False)
+    router: TokenChoiceConfig = TokenChoiceConfig(
+        top_k=1, scope="sequence", renormalize=False, losses=RoutingLossConfig(balance=0.0)
+    )
 
     @model_validator(mode="after")
     def _one_of_several(self) -> "RoutedSplit":
@@ -66,6 +90,7 @@ class RoutedSplit(Config):
                 f"router has scope: {self.router.scope} and top_k: {self.router.top_k}, but a sequence has one split: "
                 "set scope: sequence and top_k: 1"
             )
+        self.router.check(len(self.coarse_heads))
         return self
 
     def counts(self) -> list[int]:
@@ -82,7 +107,7 @@ class AdaptiveResolutionConfig(Config):
     kind: Literal["adaptive_resolution"] = "adaptive_resolution"
     heads: int = Field(default=4, ge=1)
     split: Annotated[LengthSplit | RoutedSplit, Field(discriminator="kind")] = LengthSplit()
-    window: int = Field(default=128, ge=2, multiple_of=2)  # of fine heads: window / 2 tokens to each side
+    window: Window = 128  # of fine heads: window / 2 tokens to each side
     pool_size: int = Field(default=4, ge=1)  # tokens of a pool, at least
     max_pools: int = Field(default=64, ge=1)  # of a sequence: a longer one has larger pools
     positions: RotaryConfig | None = RotaryConfig()  # a pool stands at the mean of its tokens' places
@@ -108,7 +133,7 @@ class AdaptiveResolutionConfig(Config):
         if isinstance(self.split, LengthSplit):
             return self._split_flops(width, length, self.split.at(length))
         choices = self.split.coarse_heads
-        routing = self.split.router.flops_per_token(width, len(choices)) / length  # once per sequence
+        routing = self.split.router.flops_per_token(width + LENGTH_FEATURES, len(choices)) / length  # per sequence
         return routing + sum(self._split_flops(width, length, coarse) for coarse in choices) / len(choices)
 
     def _split_flops(self, width: int, length: int, coarse: int) -> float:
@@ -122,7 +147,25 @@ class AdaptiveResolutionConfig(Config):
     def _router_params(self, width: int) -> int:
         if isinstance(self.split, LengthSplit):
             return 0
-        return self.split.router.num_params(width, len(self.split.coarse_heads))
+        return self.split.router.num_params(width + LENGTH_FEATURES, len(self.split.coarse_heads))
+
+
+LENGTH_FEATURES = 2
+
+
+def with_length(x: Tensor, lengths: Tensor) -> Tensor:
+    """Beside each token 1 and `log S` of its sequence: any length can be where a linear router changes its mind.
+
+    Args:
+        x: `[T, D]`.
+        lengths: `[B]`, of the packed sequences.
+
+    Returns:
+        `[T, D + 2]` in the dtype of `x`.
+    """
+    logs = lengths.clamp(min=1).log().to(x.dtype)
+    features = torch.stack([torch.ones_like(logs), logs], dim=1)
+    return torch.cat([x, features.repeat_interleave(lengths.long(), dim=0, output_size=len(x))], dim=1)
 
 
 class KeyValue(nn.Linear):
@@ -150,7 +193,7 @@ class AdaptiveResolution(nn.Module):
     breaks here.
     """
 
-    router: Router  # there only where a router chooses: so the block finds it
+    routes = "splits"
 
     def __init__(self, config: AdaptiveResolutionConfig, width: int) -> None:
         super().__init__()
@@ -158,8 +201,10 @@ class AdaptiveResolution(nn.Module):
         self.query = nn.Linear(width, width, bias=config.bias)
         self.key_value = KeyValue(width, config.heads, config.bias)
         self.output = nn.Linear(width, width, bias=config.bias)
+        self.router: Router | None = None
         if isinstance(config.split, RoutedSplit):
-            self.router = build_router(config.split.router, width, len(config.split.coarse_heads))
+            inputs, choices = width + LENGTH_FEATURES, len(config.split.coarse_heads)
+            self.router = build_router(config.split.router, inputs, choices)
 
     def forward(self, x: Tensor, batch: PackedBatch, tokens: Tokens) -> tuple[Tensor, RoutingStats | None]:
         """`[T, D]` -> `[T, D]`, and the router's statistics if there is one."""
@@ -168,7 +213,8 @@ class AdaptiveResolution(nn.Module):
         if isinstance(split, LengthSplit):
             mixed = self._by_split(x, lengths, [split.at(length) for length in lengths])
             return self.output(mixed.flatten(1)), None
-        routing, stats = route(self.router, x, tokens)
+        assert self.router is not None
+        routing, stats = route(self.router, with_length(x, batch.cu_seqlens.diff()), tokens)
         first = batch.cu_seqlens[:-1].clamp(max=max(len(x) - 1, 0)).long()  # an empty sequence follows any
         chosen = routing.choices[first, 0].tolist() if len(x) else [0] * len(lengths)
         mixed = self._by_split(x, lengths, [split.coarse_heads[choice] for choice in chosen])
@@ -195,20 +241,17 @@ class AdaptiveResolution(nn.Module):
         """`[T, D]` -> `[T, H, C]`, the first `coarse` heads over pools and the others over windows."""
         config = self.config
         batch = to_device(pack_lengths(lengths), x.device)
-        q = self._turn(self.query(x).unflatten(1, (config.heads, -1)), batch.positions)
+        q = self.query(x).unflatten(1, (config.heads, -1))
+        angles = angles_at(batch.positions, q.shape[2], config.positions)
+        q = turned(q, angles)
         mixed = []
         if coarse > 0:
             pools = pools_of(lengths, config.pool_size, config.max_pools, x.device)
             # The mean of projections is the projection of the mean, of far fewer rows.
             k, v = self.key_value(sequence_means(x, pools.bounds).to(x.dtype), slice(coarse))
-            mixed.append(cross_attention(q[:, :coarse], self._turn(k, pools.centres), v, batch, pools))
+            k = turned(k, angles_at(pools.centres, k.shape[2], config.positions))
+            mixed.append(cross_attention(q[:, :coarse], k, v, batch, pools))
         if coarse < config.heads:
             k, v = self.key_value(x, slice(coarse, None))
-            k = self._turn(k, batch.positions)
-            mixed.append(window_attention(q[:, coarse:], k, v, batch, config.window // 2))
+            mixed.append(window_attention(q[:, coarse:], turned(k, angles), v, batch, config.window // 2))
         return torch.cat(mixed, dim=1)
-
-    def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
-        if self.config.positions is None:
-            return x
-        return rotate(x, *rotary_angles(positions, x.shape[2], self.config.positions))

@@ -15,13 +15,14 @@ from torch.nn import functional as F
 from moe.attention.banded import Rows, convolve, depthwise, rows_around
 from moe.attention.heads import check_heads
 from moe.batch import PackedBatch
+from moe.precision import in_autocast
 from routing.config import Config
 from routing.types import RoutingStats, Tokens
 
 
 def _centred(size: int) -> int:
     if size % 2 == 0:
-        raise ValueError(f"kernel_size is {size}, but a kernel is centred on its token: give an odd number of taps")
+        raise ValueError(f"a kernel of {size} taps has none in the middle, for its token: give an odd number of taps")
     return size
 
 
@@ -192,12 +193,6 @@ def convolve_heads(logits: Tensor, values: Tensor, rows: Rows) -> Tensor:
     """
     heads = values.unflatten(1, (logits.shape[1], -1))
     return convolve(_normalised(logits, values.dtype), heads, rows).flatten(1)
-
-
-def in_autocast(x: Tensor) -> Tensor:
-    """In autocast's dtype if on: it doesn't know our operators, and a copy serves all that `x` goes into."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _normalised(logits: Tensor, dtype: torch.dtype) -> Tensor:

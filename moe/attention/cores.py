@@ -15,7 +15,7 @@ from moe.attention.shaw import shaw_attention
 from moe.attention.varlen import varlen_attention
 from moe.batch import PackedBatch
 from moe.positions.relative_bias import AlibiConfig, T5BiasConfig, alibi_table, t5_buckets
-from moe.positions.rotary import RotaryConfig, rotary_angles, rotate
+from moe.positions.rotary import RotaryConfig, angles_at, turned
 from moe.positions.shaw import ShawConfig
 
 PositionsConfig = Annotated[RotaryConfig | T5BiasConfig | AlibiConfig | ShawConfig, Field(discriminator="kind")]
@@ -50,8 +50,8 @@ class RotaryCore(nn.Module):
         self.config = config
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
-        cos, sin = rotary_angles(batch.positions, q.shape[2], self.config)
-        return varlen_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, batch)
+        angles = angles_at(batch.positions, q.shape[2], self.config)
+        return varlen_attention(turned(q, angles), turned(k, angles), v, batch)
 
 
 class T5Core(nn.Module):

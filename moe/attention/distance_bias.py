@@ -11,17 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe.attention import varlen
+from moe.attention.varlen_cpu import flash_backward, flash_forward
 from moe.batch import PackedBatch
-
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from moe.precision import in_float32
 
 
 def biased_varlen_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, batch: PackedBatch) -> Tensor:
     """`softmax(q k^T / sqrt(C) + bias) v` of each sequence over its own tokens.
 
     On a CPU it is computed in float32, and a sequence's scores are never held at once but for the gradient of the bias,
-    one head at a time.
+    one head at a time. Other devices build a sequence's bias of every query and key, `[H, S, S]` in the dtype of `q`.
 
     Args:
         q, k, v: `[T, H, C]`, same dtype.
@@ -32,7 +31,8 @@ def biased_varlen_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, batch
         `[T, H, C]`, in the dtype of `q`.
     """
     if varlen.choose_kernel(q.device.type, q.dtype, q.shape[2]) == "cpu":
-        return _attention(q.float(), k.float(), v.float(), bias, batch.cu_seqlens)[0].to(q.dtype)
+        wide = in_float32(q, k, v)
+        return _attention(*wide, bias.to(wide[0].dtype), batch.cu_seqlens)[0].to(q.dtype)
     lengths = batch.cu_seqlens.diff().tolist() or [0]
     with torch.autocast(q.device.type, enabled=False):
         parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
@@ -52,7 +52,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, cu_seqlens: Tensor
     out, logsumexp = _outputs(q, k, v, bias, cu_seqlens)
     backwards = bias.flip(1)
     for own in _sequences(cu_seqlens):
-        mixed, denominators = _forward(
+        mixed, denominators = flash_forward(
             _heads(q, own), _heads(k, own).flip(2), _heads(v, own).flip(2), attn_mask=_mask(backwards, own)
         )
         _heads(out, own).copy_(mixed)
@@ -80,7 +80,7 @@ def _attention_backward(
     for own in _sequences(cu_seqlens):
         keys, values = _heads(k, own).flip(2), _heads(v, own).flip(2)
         given = (_heads(grad, own), _heads(q, own), keys, values, _heads(out, own), logsumexp[None, :, own])
-        of_q, of_k, of_v = _backward(*given, 0.0, False, attn_mask=_mask(backwards, own))
+        of_q, of_k, of_v = flash_backward(*given, 0.0, False, attn_mask=_mask(backwards, own))
         _heads(dq, own).copy_(of_q)
         _heads(dk, own).copy_(of_k.flip(2))
         _heads(dv, own).copy_(of_v.flip(2))

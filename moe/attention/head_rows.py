@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe.attention.head_rows_cpu import cpu_gathered_linear, cpu_row_attention, cpu_scattered_linear
-from moe.attention.varlen import choose_kernel
+from moe.attention.varlen import Rows, choose_kernel, cuda_varlen
 from moe.batch import PackedBatch
 from moe.experts.dispatch import DispatchPlan, combine_rows, plan_rows
 from moe.experts.grouped_linear import loop_grouped_linear, torch_grouped_linear
@@ -139,15 +139,8 @@ def row_attention(q: Tensor, k: Tensor, v: Tensor, rows: HeadRows, batch: Packed
         starts = torch.arange(heads, device=q.device)[:, None] * count + batch.cu_seqlens[:-1]
         bounds = F.pad(starts.reshape(-1), (0, 1), value=heads * count).to(torch.int32)
         k, v = (x.transpose(0, 1).reshape(heads * count, -1) for x in (k, v))
-    if kernel == "torch":
-        from torch.nn.attention.varlen import varlen_attn
-
-        mixed = varlen_attn(q[:, None], k[:, None], v[:, None], rows.bounds, bounds, longest, longest)
-        assert isinstance(mixed, Tensor)  # a tuple only when extra outputs are asked for
-    else:
-        from flash_attn import flash_attn_varlen_func
-
-        mixed = flash_attn_varlen_func(q[:, None], k[:, None], v[:, None], rows.bounds, bounds, longest, longest)
+    whose = (Rows(rows.bounds, longest), Rows(bounds, longest))
+    mixed = cuda_varlen(kernel, q[:, None], k[:, None], v[:, None], *whose)
     return mixed.squeeze(1).masked_fill(nobodys, 0)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SLICE = 512  # rows gathered at once
+from moe.attention.varlen_cpu import flash_backward, flash_forward
+from moe.precision import in_float32
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_SLICE = 512  # rows gathered at once
 
 
 def _pieces(tokens: Tensor, ends: Tensor, spans: Tensor) -> Iterator[tuple[int, slice, slice | Tensor]]:
@@ -140,10 +140,7 @@ cpu_scattered_linear.register_autograd(_differentiate_scattered, setup_context=_
 
 def cpu_row_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, cu_seqlens: Tensor) -> Tensor:
     """`row_attention`, computed in float32 if given half precision."""
-    dtype = q.dtype
-    if dtype in (torch.bfloat16, torch.float16):
-        q, k, v = q.float(), k.float(), v.float()
-    return _attention(q, k, v, bounds, cu_seqlens)[0].to(dtype)
+    return _attention(*in_float32(q, k, v), bounds, cu_seqlens)[0].to(q.dtype)
 
 
 @torch.library.custom_op("moe::row_attention", mutates_args=())
@@ -155,7 +152,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, cu_seqlens: Tens
     denominators = _of_rows(logsumexp[:, None], counts)
     for own_q, own_out, own_k, own_v, own_logsumexp in zip(*queries, *keys, denominators, strict=True):
         if own_q.numel():  # the kernel takes no empty sequence
-            mixed, denominator = _forward(own_q, own_k, own_v)
+            mixed, denominator = flash_forward(own_q, own_k, own_v)
             own_out.copy_(mixed)
             own_logsumexp.copy_(denominator[..., None])
     out[len(q) - counts[-1] :] = 0
@@ -176,7 +173,7 @@ def _attention_backward(
         *queries, *keys, denominators, strict=True
     ):
         if own_q.numel():
-            computed = _backward(own_grad, own_q, own_k, own_v, own_out, own_logsumexp[..., 0], 0.0, False)
+            computed = flash_backward(own_grad, own_q, own_k, own_v, own_out, own_logsumexp[..., 0], 0.0, False)
             for gradient, value in zip((dq, dk, dv), computed, strict=True):
                 gradient.copy_(value)
         else:  # no token of that sequence took that head

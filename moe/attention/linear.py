@@ -14,7 +14,11 @@ from routing.types import RoutingStats, Tokens
 
 
 class LinearAttentionConfig(Config):
-    """A kernel's feature map in place of the softmax (arXiv 2006.16236): cost grows with length, not its square."""
+    """A kernel's feature map in place of the softmax (arXiv 2006.16236): cost grows with length, not its square.
+
+    Order isn't seen here: give the encoder learned `positions`, or some layers attention that sees order. With neither,
+    a sentence and its words shuffled are the same to it.
+    """
 
     kind: Literal["linear"] = "linear"
     heads: int = Field(default=4, ge=1)

@@ -10,11 +10,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from moe.attention.banded import rows_around
-from moe.attention.convolution import KernelSize, SpanKernel, convolve_heads, in_autocast, span_kernel_params
+from moe.attention.convolution import KernelSize, SpanKernel, convolve_heads, span_kernel_params
 from moe.attention.heads import check_heads
 from moe.attention.varlen import varlen_attention
 from moe.batch import PackedBatch
-from moe.positions.rotary import RotaryConfig, rotary_angles, rotate
+from moe.positions.rotary import RotaryConfig, angles_at, turned
+from moe.precision import in_autocast
 from routing.config import Config
 from routing.types import RoutingStats, Tokens
 
@@ -75,18 +76,16 @@ class MixedAttention(nn.Module):
         self.heads, self.kernel_size = config.heads // config.head_ratio, config.kernel_size
         self.positions = config.positions
         inner = width // config.head_ratio
-        self.projections = nn.Linear(width, 4 * inner, bias=config.bias)  # query, key, value; value to convolve
+        self.qkv = nn.Linear(width, 4 * inner, bias=config.bias)  # and values to convolve
         self.span = SpanKernel(width, inner, self.heads, config.kernel_size, config.bias)
         self.output = nn.Linear(2 * inner, width, bias=config.bias)
 
     def forward(self, x: Tensor, batch: PackedBatch, tokens: Tokens) -> tuple[Tensor, RoutingStats | None]:
         """`[T, D]` -> `[T, D]`, and no statistics: every head is always on."""
         x, rows = in_autocast(x), rows_around(batch, self.kernel_size)
-        *attending, values = self.projections(x).chunk(4, dim=1)
+        *attending, values = self.qkv(x).chunk(4, dim=1)
         convolved = convolve_heads(self.span(x, attending[0], rows), values, rows)
         q, k, v = (half.unflatten(1, (self.heads, -1)) for half in attending)
-        if self.positions is not None:
-            cos, sin = rotary_angles(batch.positions, q.shape[2], self.positions)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        attended = varlen_attention(q, k, v, batch).flatten(1)
+        angles = angles_at(batch.positions, q.shape[2], self.positions)
+        attended = varlen_attention(turned(q, angles), turned(k, angles), v, batch).flatten(1)
         return self.output(torch.cat([attended, convolved], 1)), None

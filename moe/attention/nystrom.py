@@ -4,15 +4,16 @@ L landmarks, B sequences, R landmarks of all sequences."""
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe.attention.convolution import KernelSize
 from moe.attention.head_convolution import head_convolution
 from moe.attention.heads import check_heads
 from moe.attention.varlen import Rows, cross_attention, varlen_attention
 from moe.batch import PackedBatch
-from moe.positions.rotary import RotaryConfig, rotary_angles, rotate
+from moe.positions.rotary import RotaryConfig, angles_at, turned
 from routing.config import Config
 from routing.sequences import sequence_of_token
 from routing.sync import readable
@@ -30,22 +31,12 @@ class NystromConfig(Config):
     kind: Literal["nystrom"] = "nystrom"
     heads: int = Field(default=4, ge=1)
     landmarks: int = Field(default=64, ge=1)
-    convolution: int | None = Field(default=33, ge=1)  # kernel of a depthwise convolution of the values; None: without
+    convolution: KernelSize | None = 33  # taps of a depthwise convolution of the values; None: without
     # Whose greatest column sum the pseudo-inverse starts from: each head's own, as in the paper, or that of all heads
     # of a sequence: what published models have for a sequence alone (beside others, theirs depends on them).
     inverse_start: Literal["head", "sequence"] = "head"
-    positions: RotaryConfig | None = None  # of queries and keys, before their means are taken
+    positions: RotaryConfig | None = RotaryConfig()  # of queries and keys, before their means are taken
     bias: bool = False
-
-    @field_validator("convolution")
-    @classmethod
-    def _has_a_middle(cls, kernel: int | None) -> int | None:
-        if kernel is not None and kernel % 2 == 0:
-            raise ValueError(
-                f"a convolution of {kernel} tokens has no middle; give an odd number such as {kernel + 1}, "
-                "or null for none"
-            )
-        return kernel
 
     def check(self, width: int) -> None:
         """Raise ValueError if this attention can't have that width."""
@@ -94,9 +85,8 @@ class NystromAttention(nn.Module):
             qkv = qkv.float()
         q, k, v = qkv.view(length, 3, self.heads, width // self.heads).unbind(1)
         with torch.autocast(x.device.type, enabled=False):
-            if self.positions is not None:
-                cos, sin = rotary_angles(batch.positions, width // self.heads, self.positions)
-                q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            angles = angles_at(batch.positions, width // self.heads, self.positions)
+            q, k = turned(q, angles), turned(k, angles)
             if batch.max_seqlen <= self.landmarks:
                 mixed = varlen_attention(q, k, v, batch)
             else:

@@ -1,8 +1,12 @@
-"""Weights of published attention layers under our names.
+"""Weights of published layers under our names, for fine-tuning from them.
 
-Each function takes tensors by the published layer's own names, below `prefix`, and returns what `load_state_dict` of
-our layer takes. What else a published layer holds (a norm after it, an output projection kept elsewhere) is named where
-it matters. Names and layouts are those of transformers.
+Each function takes a model's tensors by their published names (those of transformers), of which it reads the layer's
+below `prefix`, and returns what `load_state_dict` of our layer takes. Biases are there where the published layer has
+them: then ours needs `bias: true`. A tensor that is missing raises KeyError with its name.
+
+These are attention layers (and ConvBERT's grouped feed-forward), not models. Published encoders mostly have a norm with
+a bias behind each sublayer, our blocks one without a bias before it, so a whole BERT can't be reproduced: the norm
+beside a layer stays behind. T5's layers share one bias of distances, which here each layer trains as its own.
 """
 
 from collections.abc import Mapping
@@ -14,28 +18,21 @@ State = dict[str, Tensor]
 
 
 def bert_attention(state: Mapping[str, Tensor], prefix: str = "") -> State:
-    """`BertAttention` -> kind `softmax` with `bias: true`; its norm (`output.LayerNorm`) is the block's affair.
+    """`BertAttention` (RoBERTa's, ELECTRA's) -> kind `softmax` with `positions: null`."""
+    return _queries_keys_values(state, f"{prefix}self.") | _linear(state, "output", f"{prefix}output.dense")
 
-    RoBERTa, ELECTRA and others name theirs alike.
+
+def t5_attention(state: Mapping[str, Tensor], prefix: str = "") -> State:
+    """`T5Attention` of an encoder -> kind `softmax` with `positions: {kind: t5}`, and `head_width` as its `d_kv`.
+
+    T5 doesn't divide scores by the root of a head's channels, so its queries are multiplied by it. Only T5's first
+    layer holds the bias, which all of its layers use: give the others' state that tensor.
     """
-    parts = [f"{prefix}self.{name}" for name in ("query", "key", "value")]
-    return {f"qkv.{kind}": torch.cat([state[f"{part}.{kind}"] for part in parts]) for kind in ("weight", "bias")} | {
-        f"output.{kind}": state[f"{prefix}output.dense.{kind}"] for kind in ("weight", "bias")
-    }
-
-
-def t5_attention(state: Mapping[str, Tensor], prefix: str = "", channels: int = 64) -> State:
-    """`T5Attention` of an encoder -> kind `softmax` with `positions: {kind: t5}`.
-
-    T5 doesn't divide scores by the root of a head's `channels`; so its queries are multiplied by it.
-    Only T5's first layer holds the bias, which all of its layers use: give its state the tensor for the others.
-    """
-    q, k, v = (state[f"{prefix}{name}.weight"] for name in "qkv")
-    return {
-        "qkv.weight": torch.cat([q * channels**0.5, k, v]),
-        "output.weight": state[f"{prefix}o.weight"],
-        "core.bias.weight": state[f"{prefix}relative_attention_bias.weight"],
-    }
+    bias = state[f"{prefix}relative_attention_bias.weight"]  # [buckets, H]
+    ours = _linear(state, "qkv", *(f"{prefix}{name}" for name in "qkv"))
+    q, k, v = ours["qkv.weight"].chunk(3)
+    ours["qkv.weight"] = torch.cat([q * (q.shape[0] // bias.shape[1]) ** 0.5, k, v])
+    return ours | _linear(state, "output", f"{prefix}o") | {"core.bias.weight": bias}
 
 
 def wav2vec2_bert_attention(state: Mapping[str, Tensor], prefix: str = "") -> State:
@@ -43,128 +40,74 @@ def wav2vec2_bert_attention(state: Mapping[str, Tensor], prefix: str = "") -> St
 
     Its largest distances to the left and to the right must be equal.
     """
-    parts = [f"{prefix}linear_{name}" for name in "qkv"]
     return (
-        {f"qkv.{kind}": torch.cat([state[f"{part}.{kind}"] for part in parts]) for kind in ("weight", "bias")}
-        | {f"output.{kind}": state[f"{prefix}linear_out.{kind}"] for kind in ("weight", "bias")}
+        _linear(state, "qkv", *(f"{prefix}linear_{name}" for name in "qkv"))
+        | _linear(state, "output", f"{prefix}linear_out")
         | {"core.keys": state[f"{prefix}distance_embedding.weight"]}
     )
 
 
-def nystromformer_attention(state: Mapping[str, Tensor], prefix: str, output: str | None = None) -> dict[str, Tensor]:
-    """Of transformers' `NystromformerSelfAttention` for `NystromAttention` with biases and `inverse_start: sequence`.
-
-    Their output projection belongs to another layer, whose post-norm has no place here.
-
-    Args:
-        state: the published tensors.
-        prefix: of the attention's names, such as `nystromformer.encoder.layer.0.attention.self.`.
-        output: of the output layer's, such as `nystromformer.encoder.layer.0.attention.output.`; None: left out.
-    """
-    parts = ("weight", "bias")
-    ours = {
-        f"qkv.{part}": torch.cat([state[f"{prefix}{name}.{part}"] for name in ("query", "key", "value")])
-        for part in parts
-    }
-    if f"{prefix}conv.weight" in state:
-        ours["filters"] = state[f"{prefix}conv.weight"][:, 0, :, 0]  # [H, 1, K, 1]
-    if output is not None:
-        ours |= {f"output.{part}": state[f"{output}dense.{part}"] for part in parts}
-    return ours
-
-
-def convbert_attention(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Of `MixedAttention` with `bias: true`, `positions: null` and `head_ratio: 2`, from ConvBERT's attention.
-
-    Args:
-        state: a model's tensors.
-        prefix: of an attention layer, such as `convbert.encoder.layer.0.attention.`. From `self` comes what mixes,
-            from `output` the dense layer; its norm stays behind, as ours stands before the attention.
-
-    Raises:
-        KeyError: if a tensor isn't there, with its name.
-    """
-    own, span = f"{prefix}self.", f"{prefix}self.key_conv_attn_layer."
-    inputs = [f"{own}{name}" for name in ("query", "key", "value", "conv_out_layer")]
-    kernels = state[f"{span}depthwise.weight"], state[f"{span}pointwise.weight"]
-    return {
-        "projections.weight": torch.cat([state[f"{name}.weight"] for name in inputs]),
-        "projections.bias": torch.cat([state[f"{name}.bias"] for name in inputs]),
-        "span.depthwise": kernels[0].squeeze(1),  # [D, 1, K]
-        "span.pointwise.weight": kernels[1].squeeze(2),  # [D', D, 1]
-        "span.pointwise.bias": state[f"{span}bias"].squeeze(1),  # [D', 1]
-        "span.kernel.weight": state[f"{own}conv_kernel_layer.weight"],
-        "span.kernel.bias": state[f"{own}conv_kernel_layer.bias"],
-        "output.weight": state[f"{prefix}output.dense.weight"],
-        "output.bias": state[f"{prefix}output.dense.bias"],
-    }
-
-
-def convbert_feed_forward(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Of `GroupedFeedForward` with `bias: true`, from a ConvBERT layer whose feed-forward is grouped.
-
-    Args:
-        state: a model's tensors.
-        prefix: of a layer, such as `convbert.encoder.layer.0.`; its output's norm stays behind.
-
-    Raises:
-        KeyError: if a tensor isn't there, with its name.
-    """
-    return {
-        f"{ours}.{kind}": state[f"{prefix}{theirs}.dense.{kind}"]
-        for ours, theirs in (("up", "intermediate"), ("down", "output"))
-        for kind in ("weight", "bias")
-    }
-
-
-def modernbert_attention(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """ModernBERT's attention (arXiv 2412.13663), local or global, for kinds `local` and `softmax`.
+def modernbert_attention(state: Mapping[str, Tensor], prefix: str = "") -> State:
+    """`ModernBertAttention` (arXiv 2412.13663) -> kind `local` or, for its global layers, `softmax`.
 
     Its local layers see `local_attention / 2` tokens to each side: our `window` is its `local_attention`. Rotary
     positions turn the same pairs as ours, with another `theta` in global layers.
-
-    Args:
-        state: of the model.
-        prefix: such as `layers.4.attn.`.
-
-    Raises:
-        KeyError: for a tensor that isn't there.
     """
-    names = {"qkv": "Wqkv", "output": "Wo"}
-    return {
-        f"{ours}.{part}": state[f"{prefix}{theirs}.{part}"]
-        for ours, theirs in names.items()
-        for part in _parts(state, prefix + theirs)
-    }
+    return _linear(state, "qkv", f"{prefix}Wqkv") | _linear(state, "output", f"{prefix}Wo")
 
 
-def longformer_attention(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Longformer's attention (arXiv 2004.05150) and the output projection after it, for kind `local`.
+def longformer_attention(state: Mapping[str, Tensor], prefix: str = "") -> State:
+    """`LongformerAttention` (arXiv 2004.05150) -> kind `local` with `global_tokens: {projections: own}`.
 
-    With `bias: true`, `positions: null` and `global_tokens: {projections: own}`; our `window` is its
-    `attention_window`. Its global tokens are those of a mask, ours the first `count`. The norm that follows its output
-    projection isn't the attention's.
-
-    Args:
-        state: of the model.
-        prefix: such as `encoder.layer.4.attention.`.
-
-    Raises:
-        KeyError: for a tensor that isn't there.
+    And with `positions: null`; our `window` is its `attention_window`. Its global tokens are those of a mask, ours the
+    first `count`.
     """
-    names = {
-        "qkv": ("self.query", "self.key", "self.value"),
-        "global_query": ("self.query_global",),
-        "global_key_value": ("self.key_global", "self.value_global"),
-        "output": ("output.dense",),
-    }
-    return {
-        f"{ours}.{part}": torch.cat([state[f"{prefix}{name}.{part}"] for name in theirs])
-        for ours, theirs in names.items()
-        for part in ("weight", "bias")
-    }
+    own = f"{prefix}self."
+    return (
+        _queries_keys_values(state, own)
+        | _linear(state, "global_query", f"{own}query_global")
+        | _linear(state, "global_key_value", f"{own}key_global", f"{own}value_global")
+        | _linear(state, "output", f"{prefix}output.dense")
+    )
 
 
-def _parts(state: Mapping[str, Tensor], name: str) -> list[str]:
-    """Of a linear layer; its bias may be missing."""
-    return ["weight", "bias"] if f"{name}.bias" in state else ["weight"]
+def nystromformer_attention(state: Mapping[str, Tensor], prefix: str = "") -> State:
+    """`NystromformerAttention` (arXiv 2102.03902) -> kind `nystrom` with `inverse_start: sequence`, `positions: null`.
+
+    `convolution` is its `conv_kernel_size`, or null where it has none.
+    """
+    ours = bert_attention(state, prefix)
+    if (filters := state.get(f"{prefix}self.conv.weight")) is not None:
+        ours["filters"] = filters[:, 0, :, 0]  # [H, 1, K, 1]
+    return ours
+
+
+def convbert_attention(state: Mapping[str, Tensor], prefix: str = "") -> State:
+    """`ConvBertAttention` (arXiv 2008.02496) -> kind `mixed` with `positions: null` and its `head_ratio`."""
+    own, span = f"{prefix}self.", f"{prefix}self.key_conv_attn_layer."
+    inputs = (f"{own}{name}" for name in ("query", "key", "value", "conv_out_layer"))
+    return (
+        _linear(state, "qkv", *inputs)
+        | _linear(state, "span.kernel", f"{own}conv_kernel_layer")
+        | _linear(state, "output", f"{prefix}output.dense")
+        | {
+            "span.depthwise": state[f"{span}depthwise.weight"].squeeze(1),  # [D, 1, K]
+            "span.pointwise.weight": state[f"{span}pointwise.weight"].squeeze(2),  # [D', D, 1]
+            "span.pointwise.bias": state[f"{span}bias"].squeeze(1),  # [D', 1]
+        }
+    )
+
+
+def convbert_feed_forward(state: Mapping[str, Tensor], prefix: str = "") -> State:
+    """`ConvBertLayer` whose feed-forward is grouped -> feed-forward of kind `grouped`."""
+    return _linear(state, "up", f"{prefix}intermediate.dense") | _linear(state, "down", f"{prefix}output.dense")
+
+
+def _queries_keys_values(state: Mapping[str, Tensor], prefix: str) -> State:
+    return _linear(state, "qkv", *(f"{prefix}{name}" for name in ("query", "key", "value")))
+
+
+def _linear(state: Mapping[str, Tensor], ours: str, *theirs: str) -> State:
+    """One linear layer of ours with the outputs of theirs, one after another."""
+    kinds = ["weight", "bias"] if any(f"{name}.bias" in state for name in theirs) else ["weight"]
+    return {f"{ours}.{kind}": torch.cat([state[f"{name}.{kind}"] for name in theirs]) for kind in kinds}

@@ -16,7 +16,8 @@ from moe.attention.head_statistics import MeasuredHeadsConfig, head_statistics
 from moe.attention.heads import channels_of, check_heads
 from moe.attention.varlen import varlen_attention
 from moe.batch import PackedBatch
-from moe.positions.rotary import RotaryConfig, rotary_angles, rotate
+from moe.positions.rotary import Angles, RotaryConfig, angles_at, turned
+from moe.precision import in_autocast
 from routing import build_router, route, straight_through
 from routing.config import (
     Config,
@@ -166,6 +167,8 @@ class RoutedHeads(nn.Module):
     with biases `query_bias [H, C]`, `key_value_bias [H, 2, C]`, `output_bias [D]`.
     """
 
+    routes = "heads"
+
     def __init__(self, config: RoutedHeadsConfig, width: int) -> None:
         super().__init__()
         self.config = config
@@ -196,10 +199,9 @@ class RoutedHeads(nn.Module):
 
     def forward(self, x: Tensor, batch: PackedBatch, tokens: Tokens) -> tuple[Tensor, RoutingStats]:
         """`[T, D]` -> `[T, D]` and the router's statistics."""
-        place = _place(self.config, batch, self.query.shape[1])
-        kind, seen = x.device.type, x
-        if torch.is_autocast_enabled(kind):  # autocast doesn't know products of rows
-            x = x.to(torch.get_autocast_dtype(kind))
+        place = angles_at(batch.positions, self.query.shape[1], self.config.positions)
+        seen = x
+        x = in_autocast(x)  # which doesn't know products of rows
         if self.config.chosen_by == "all":
             y, stats = (self._all_heads if self.training else self._chosen_heads)(x, batch, tokens, place)
         else:
@@ -211,12 +213,11 @@ class RoutedHeads(nn.Module):
         return y if self.output_bias is None else y + self.output_bias.to(y.dtype), stats
 
     def _all_heads(
-        self, x: Tensor, batch: PackedBatch, tokens: Tokens, place: "Place | None"
+        self, x: Tensor, batch: PackedBatch, tokens: Tokens, place: Angles | None
     ) -> tuple[Tensor, RoutingStats]:
         """All heads, though a gate of 0 silences those that aren't chosen: what they'd add tells the router of them."""
         q, (k, v) = self.heads.queries(x), self.heads.keys_and_values(x)
-        if place is not None:
-            q, k = rotate(q, *place), rotate(k, *place)
+        q, k = turned(q, place), turned(k, place)
         shared, router, seen = self.config.shared, self.config.router, x
         if isinstance(router, MeasuredHeadsConfig):
             seen = head_statistics(q[:, shared:], k[:, shared:], batch.cu_seqlens, router.statistic)
@@ -227,7 +228,7 @@ class RoutedHeads(nn.Module):
         return F.linear(mixed, self.output.to(mixed.dtype).flatten(0, 1).t()), stats
 
     def _chosen_heads(
-        self, x: Tensor, batch: PackedBatch, tokens: Tokens, place: "Place | None"
+        self, x: Tensor, batch: PackedBatch, tokens: Tokens, place: Angles | None
     ) -> tuple[Tensor, RoutingStats]:
         """Shared and chosen heads, as if there were no others. The router looks neither at tokens nor at scores."""
         unseen = x.new_zeros(len(x), self.config.routed, dtype=torch.float32)
@@ -241,11 +242,11 @@ class RoutedHeads(nn.Module):
         q, (k, v) = heads.queries(x), heads.keys_and_values(x)
         return _always(q, k, v, heads.output * gates[:, None, None], batch, place), stats
 
-    def _by_token(self, x: Tensor, rows: HeadRows, batch: PackedBatch, place: "Place | None") -> Tensor:
+    def _by_token(self, x: Tensor, rows: HeadRows, batch: PackedBatch, place: Angles | None) -> Tensor:
         """Keys and values of all heads; queries and outputs of those that a token chose."""
         shared, routed = self._shared_and_routed()
         k, v = self.heads.keys_and_values(x)
-        k = k if place is None else rotate(k, *place)
+        k = turned(k, place)
         q = gathered_linear(x, routed.query, rows)
         if routed.query_bias is not None:
             q = q + routed.query_bias.to(q.dtype)[rows.heads]
@@ -253,10 +254,9 @@ class RoutedHeads(nn.Module):
         y = _finish(_turned(q, _of_rows(place, rows)), k[:, count:], v[:, count:], routed.output, rows, batch)
         if not count:
             return y
-        turned = shared.queries(x) if place is None else rotate(shared.queries(x), *place)
-        return y + _always(turned, k[:, :count], v[:, :count], shared.output, batch, None)
+        return y + _always(turned(shared.queries(x), place), k[:, :count], v[:, :count], shared.output, batch, None)
 
-    def _by_sequence(self, x: Tensor, rows: HeadRows, batch: PackedBatch, place: "Place | None") -> Tensor:
+    def _by_sequence(self, x: Tensor, rows: HeadRows, batch: PackedBatch, place: Angles | None) -> Tensor:
         """Queries, keys, values and outputs of the heads that a sequence chose, for all of its tokens."""
         shared, routed = self._shared_and_routed()
         projected = gathered_linear(x, torch.cat([routed.query, routed.key_value.flatten(1, 2)], dim=1), rows)
@@ -278,26 +278,18 @@ class RoutedHeads(nn.Module):
         return f"heads={self.config.heads}, shared={self.config.shared}"
 
 
-Place = tuple[Tensor, Tensor]  # cosine and sine of tokens' rotary angles, [T, C/2]
-
-
-def _place(config: RoutedHeadsConfig, batch: PackedBatch, channels: int) -> Place | None:
-    return None if config.positions is None else rotary_angles(batch.positions, channels, config.positions)
-
-
-def _of_rows(place: Place | None, rows: HeadRows) -> Place | None:
+def _of_rows(place: Angles | None, rows: HeadRows) -> Angles | None:
     return None if place is None else (place[0][rows.tokens], place[1][rows.tokens])
 
 
-def _turned(x: Tensor, angles: Place | None) -> Tensor:
+def _turned(x: Tensor, angles: Angles | None) -> Tensor:
     """`[R, C]`, each row by its token's position."""
-    return x if angles is None else rotate(x[:, None], *angles).squeeze(1)
+    return turned(x[:, None], angles).squeeze(1)
 
 
-def _always(q: Tensor, k: Tensor, v: Tensor, output: Tensor, batch: PackedBatch, place: Place | None) -> Tensor:
+def _always(q: Tensor, k: Tensor, v: Tensor, output: Tensor, batch: PackedBatch, place: Angles | None) -> Tensor:
     """Heads `[T, A, C]` that are computed for all tokens, and their output: `[T, D]`."""
-    if place is not None:
-        q, k = rotate(q, *place), rotate(k, *place)
+    q, k = turned(q, place), turned(k, place)
     mixed = varlen_attention(q, k, v, batch).flatten(1)
     return F.linear(mixed, output.to(mixed.dtype).flatten(0, 1).t())  # gates may have left it in float32
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from moe.batch import PackedBatch
+from moe.precision import in_float32
 from routing.sequences import sequence_of_token
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 def sum_products(k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
@@ -27,9 +26,8 @@ def sum_products(k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
     Returns:
         `[B, H, C, F]` in the dtype of `k`; zero for an empty sequence.
     """
-    if k.device.type == "cpu" and k.dtype in HALF:
-        return _sum_products(k.float(), v.float(), batch.cu_seqlens, batch.max_seqlen).to(k.dtype)
-    return _sum_products(k, v, batch.cu_seqlens, batch.max_seqlen)
+    given = in_float32(k, v) if k.device.type == "cpu" else (k, v)
+    return _sum_products(*given, batch.cu_seqlens, batch.max_seqlen).to(k.dtype)
 
 
 def apply_sums(q: Tensor, sums: Tensor, batch: PackedBatch) -> Tensor:
@@ -43,9 +41,8 @@ def apply_sums(q: Tensor, sums: Tensor, batch: PackedBatch) -> Tensor:
     Returns:
         `[T, H, F]` in the dtype of `q`.
     """
-    if q.device.type == "cpu" and q.dtype in HALF:
-        return _apply_sums(q.float(), sums.float(), batch.cu_seqlens, batch.max_seqlen).to(q.dtype)
-    return _apply_sums(q, sums, batch.cu_seqlens, batch.max_seqlen)
+    given = in_float32(q, sums) if q.device.type == "cpu" else (q, sums)
+    return _apply_sums(*given, batch.cu_seqlens, batch.max_seqlen).to(q.dtype)
 
 
 @torch.library.custom_op("moe::sum_products", mutates_args=())

@@ -4,7 +4,7 @@ Shape legend: T tokens, B sequences, H heads, C channels of a head, S tokens of 
 """
 
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -64,18 +64,32 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans
     cu_q, cu_k = queries.cu_seqlens, keys.cu_seqlens
     if kernel == "cpu":
         return cpu_varlen_attention(q, k, v, cu_q, cu_k)
+    if kernel == "loop":
+        return _one_by_one(q, k, v, cu_q, cu_k)
+    return cuda_varlen(kernel, q, k, v, queries, keys)
+
+
+def cuda_varlen(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, reach: int | None = None
+) -> Tensor:
+    """`cross_attention` by a flash kernel, `torch`'s or `flash_attn`'s; rows that are nobody's may stay unwritten.
+
+    With a `reach` a token sees so many to each side, where the kernel knows windows.
+    """
+    attend: Any
     if kernel == "torch":
         from torch.nn.attention.varlen import varlen_attn
 
-        out = varlen_attn(q, k, v, cu_q, cu_k, queries.max_seqlen, keys.max_seqlen)
-        assert isinstance(out, Tensor)  # a tuple only when extra outputs are asked for
-        return out
-    if kernel == "flash_attn":
+        attend = varlen_attn
+    else:
         from flash_attn import flash_attn_varlen_func
 
-        mixed: Tensor = flash_attn_varlen_func(q, k, v, cu_q, cu_k, queries.max_seqlen, keys.max_seqlen)
-        return mixed
-    return _one_by_one(q, k, v, cu_q, cu_k)
+        attend = flash_attn_varlen_func
+    window: dict[str, Any] = {} if reach is None else {"window_size": (reach, reach)}
+    bounds = (queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen)
+    mixed = attend(q, k, v, *bounds, **window)
+    assert isinstance(mixed, Tensor)  # a tuple only when extra outputs are asked for
+    return mixed
 
 
 def choose_kernel(device: str, dtype: torch.dtype, channels: int) -> Kernel:

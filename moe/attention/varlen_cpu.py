@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from moe.precision import in_float32
+
+# torch's kernel, which all attention on a CPU is computed with.
+flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def cpu_varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor) -> Tensor:
@@ -26,10 +29,7 @@ def cpu_varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu
     Returns:
         `[T, H, C]` in the dtype of `q`, zero where a sequence has no keys.
     """
-    dtype = q.dtype
-    if dtype in (torch.bfloat16, torch.float16):
-        q, k, v = q.float(), k.float(), v.float()
-    return _attention(q, k, v, cu_queries, cu_keys)[0].to(dtype)
+    return _attention(*in_float32(q, k, v), cu_queries, cu_keys)[0].to(q.dtype)
 
 
 @torch.library.custom_op("moe::cpu_varlen_attention", mutates_args=())
@@ -41,7 +41,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Ten
     outputs = (_of_sequences(out, queries), _of_tokens(logsumexp, queries))
     for own_q, own_k, own_v, own_out, own_logsumexp in zip(*inputs, *outputs, strict=True):
         if own_q.numel() and own_k.numel():  # the kernel takes no empty sequence
-            mixed, denominators = _forward(own_q, own_k, own_v)
+            mixed, denominators = flash_forward(own_q, own_k, own_v)
             own_out.copy_(mixed)
             own_logsumexp.copy_(denominators)
         else:
@@ -61,7 +61,7 @@ def _attention_backward(
     outputs = (_of_sequences(x, own) for x, own in zip(grads, (queries, keys, keys), strict=True))
     for *own, own_logsumexp, dq, dk, dv in zip(*saved, _of_tokens(logsumexp, queries), *outputs, strict=True):
         if dq.numel() and dk.numel():
-            for gradient, computed in zip((dq, dk, dv), _backward(*own, own_logsumexp, 0.0, False), strict=True):
+            for gradient, computed in zip((dq, dk, dv), flash_backward(*own, own_logsumexp, 0.0, False), strict=True):
                 gradient.copy_(computed)
         else:
             for gradient in (dq, dk, dv):

@@ -6,15 +6,31 @@ window; for the rest as blocks of a padded grid, which reads no value and costs 
 
 from functools import cache
 from inspect import signature
+from typing import Annotated
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe.attention.varlen import choose_kernel
+from moe.attention.varlen import choose_kernel, cuda_varlen
 from moe.attention.window_cpu import cpu_window_attention
 from moe.batch import PackedBatch
 from routing.sequences import sequence_of_token
+
+
+def _even(window: int) -> int:
+    if window % 2:
+        raise ValueError(
+            f"window is {window}, but a token sees window / 2 tokens to each side: give a multiple of 2, such as "
+            f"{window + 1}"
+        )
+    return window
+
+
+Window = Annotated[
+    int, Field(ge=2), AfterValidator(_even)
+]  # tokens, half of them to each side, beside the token itself
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, reach: int, leading: int = 0) -> Tensor:
@@ -33,20 +49,10 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, reach:
         `[T, H, C]`, in the dtype of `q`.
     """
     kernel = choose_kernel(q.device.type, q.dtype, q.shape[2])
-    cu, longest = batch.cu_seqlens, batch.max_seqlen
     if kernel == "cpu":
-        return cpu_window_attention(q, k, v, cu, reach, leading)
-    if kernel == "torch" and leading == 0 and _torch_knows_windows():
-        from torch.nn.attention.varlen import varlen_attn
-
-        out = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(reach, reach))
-        assert isinstance(out, Tensor)  # a tuple only when extra outputs are asked for
-        return out
-    if kernel == "flash_attn" and leading == 0:
-        from flash_attn import flash_attn_varlen_func
-
-        mixed: Tensor = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, window_size=(reach, reach))
-        return mixed
+        return cpu_window_attention(q, k, v, batch.cu_seqlens, reach, leading)
+    if leading == 0 and (kernel == "flash_attn" or (kernel == "torch" and _torch_knows_windows())):
+        return cuda_varlen(kernel, q, k, v, batch, batch, reach)
     return _on_grid(q, k, v, batch, reach, leading)
 
 

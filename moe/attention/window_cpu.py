@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from moe.attention.varlen_cpu import flash_backward, flash_forward
+from moe.precision import in_float32
 
 _BLOCK = 32  # queries: torch's kernel takes so many at a time, and more only see keys in vain
 _MOST_QUERIES = 1024  # of one call: what the backward holds of keys' gradients, block by block, stays in the cache
@@ -53,10 +53,7 @@ def window_tiles(start: int, end: int, reach: int) -> Iterator[Tile]:
 
 def cpu_window_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, reach: int, leading: int) -> Tensor:
     """`moe.attention.window.window_attention` on a CPU, computed in float32 if given half precision."""
-    dtype = q.dtype
-    if dtype in (torch.bfloat16, torch.float16):
-        q, k, v = q.float(), k.float(), v.float()
-    return _attention(q, k, v, cu_seqlens, reach, leading)[0].to(dtype)
+    return _attention(*in_float32(q, k, v), cu_seqlens, reach, leading)[0].to(q.dtype)
 
 
 @torch.library.custom_op("moe::cpu_window_attention", mutates_args=())
@@ -99,7 +96,7 @@ def _attention_backward(
         for tile in (*windows, *rows, *columns):
             own = [_keys(x, tile) if n in (2, 3) else _queries(x, tile) for n, x in enumerate(heads)]
             mask = _mask(tile, band, reach)
-            dq, dk, dv = _backward(*own, _queries(logsumexp, tile), 0.0, False, attn_mask=mask)
+            dq, dk, dv = flash_backward(*own, _queries(logsumexp, tile), 0.0, False, attn_mask=mask)
             _queries(to_q, tile).add_(dq)
             apart = -(-tile.columns // tile.rows)  # blocks so far apart share no key
             for first in range(min(apart, tile.blocks)):
@@ -141,7 +138,7 @@ def _of_sequence(start: int, end: int, reach: int, leading: int) -> tuple[list[T
 
 def _call(tile: Tile, heads: list[Tensor], band: Tensor, reach: int) -> tuple[Tensor, Tensor]:
     q, k, v = heads
-    outputs: tuple[Tensor, Tensor] = _forward(
+    outputs: tuple[Tensor, Tensor] = flash_forward(
         _queries(q, tile), _keys(k, tile), _keys(v, tile), attn_mask=_mask(tile, band, reach)
     )
     return outputs

@@ -9,6 +9,7 @@ from moe.experts.config import ExpertsConfig
 from moe.experts.dispatch import DispatchPlan
 from moe.experts.mixture import choose_mixture
 from moe.feed_forward import input_width
+from moe.precision import in_autocast
 
 
 class Experts(nn.Module):
@@ -34,9 +35,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
         """`[T, D]`, gates `[T, K]` -> `[T, D]`: each token's experts, weighted; in autocast's dtype if on."""
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):  # autocast doesn't know grouped products
-            x = x.to(torch.get_autocast_dtype(kind))
+        x = in_autocast(x)  # which doesn't know grouped products
         return self.mixture(x, weights, plan, self.up, self.down, self.activation)
 
     def extra_repr(self) -> str:

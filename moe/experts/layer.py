@@ -34,6 +34,8 @@ class MoEFeedForward(nn.Module):
     A token whose every assignment is dropped gets zero here, so the residual carries it on unscaled.
     """
 
+    routes = "experts"
+
     def __init__(self, config: ExpertsConfig, width: int) -> None:
         super().__init__()
         self.router = build_router(config.router, width, config.count)

@@ -4,7 +4,7 @@ from math import ceil, floor, log, pi
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from routing.config import Config
@@ -37,6 +37,15 @@ class YarnScalingConfig(Config):
     fast: float = Field(default=32.0, gt=0)
     slow: float = Field(default=1.0, gt=0)
 
+    @model_validator(mode="after")
+    def _fast_turns_more_often(self) -> "YarnScalingConfig":
+        if self.fast < self.slow:
+            raise ValueError(
+                f"fast is {self.fast} turns and slow {self.slow}: pairs between them are partly interpolated, so fast "
+                "must be at least slow"
+            )
+        return self
+
 
 ScalingConfig = Annotated[LinearScalingConfig | NtkScalingConfig | YarnScalingConfig, Field(discriminator="kind")]
 
@@ -58,7 +67,10 @@ class RotaryConfig(Config):
         return 0
 
 
-def rotary_angles(positions: Tensor, channels: int, config: RotaryConfig) -> tuple[Tensor, Tensor]:
+Angles = tuple[Tensor, Tensor]  # cosine and sine, each [T, C/2] float32
+
+
+def rotary_angles(positions: Tensor, channels: int, config: RotaryConfig) -> Angles:
     """Cosine and sine of the rotary angles, each `[T, C/2]` float32 (RoFormer, arXiv 2104.09864, eq. 15).
 
     Computed from the positions at each call: exact in float32 whatever dtype the model was cast to, and for
@@ -70,6 +82,16 @@ def rotary_angles(positions: Tensor, channels: int, config: RotaryConfig) -> tup
         sharper = 0.1 * log(config.scaling.factor) + 1  # arXiv 2309.00071, eq. 22; of query and key each
         return cos * sharper, sin * sharper
     return cos, sin
+
+
+def angles_at(positions: Tensor, channels: int, config: RotaryConfig | None) -> Angles | None:
+    """`rotary_angles` of `positions [T]`, which may lie between tokens; None where order isn't seen."""
+    return None if config is None else rotary_angles(positions, channels, config)
+
+
+def turned(x_thc: Tensor, angles: Angles | None) -> Tensor:
+    """Queries or keys `[T, H, C]` turned by the `angles_at` their positions; without any, as they are."""
+    return x_thc if angles is None else rotate(x_thc, *angles)
 
 
 def rotate(x_thc: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

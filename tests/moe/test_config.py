@@ -48,7 +48,7 @@ def test_overrides_replace_what_they_give_in_the_layers_they_name() -> None:
 @pytest.mark.parametrize(("layers", "named"), [([0, 4], 4), ([-1], -1), ({"every": 1, "start": 4}, 4)], ids=str)
 def test_overrides_of_layers_that_do_not_exist_are_refused(layers: object, named: int) -> None:
     with pytest.raises(ValidationError, match=f"layer {named}, but depth is 4: valid layers are 0 to 3"):
-        EncoderConfig(depth=4, overrides=[{"layers": layers}])
+        EncoderConfig(depth=4, overrides=[{"layers": layers, "feed_forward": EXPERTS}])
 
 
 def test_heads_that_do_not_divide_the_width_are_refused_with_those_that_do() -> None:
@@ -74,6 +74,21 @@ def test_a_router_that_cannot_serve_the_experts_is_refused_when_it_is_read(route
         ExpertsConfig(count=2, router=router)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"layers": [], "feed_forward": EXPERTS}, r"layers is \[\], so this override is of no layer"),
+        ({"layers": [1]}, "gives neither attention nor feed_forward"),
+        ({"layers": [1], "attention": {"heads": 2}}, r"block's attention as a whole.*add kind, such as {kind: softmax"),
+        ({"layers": [1], "feed_forward": {"width": 8}}, r"block's feed_forward as a whole.*such as {kind: dense"),
+    ],
+    ids=str,
+)
+def test_overrides_that_say_too_little_are_refused(override: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        EncoderConfig(overrides=[override])
+
+
 def test_unknown_keys_name_path_and_nearest_key() -> None:
     with pytest.raises(ValidationError, match="unknown key 'widht': did you mean 'width'") as refused:
         EncoderConfig(block={"feed_forward": {"kind": "experts", "widht": 3}})
@@ -81,7 +96,9 @@ def test_unknown_keys_name_path_and_nearest_key() -> None:
 
 
 def test_a_config_survives_json() -> None:
-    config = EncoderConfig(overrides=[{"layers": {"every": 2}, "feed_forward": EXPERTS}, {"layers": [1]}])
+    config = EncoderConfig(
+        overrides=[{"layers": {"every": 2}, "feed_forward": EXPERTS}, {"layers": [1], "feed_forward": EXPERTS}]
+    )
     assert EncoderConfig.model_validate_json(config.model_dump_json()) == config
 
 

@@ -141,8 +141,9 @@ def test_an_unknown_key_is_named_by_its_path_with_the_nearest_valid_one(
         ),
         (
             "model.block.feed_forward={kind: sparse}",
-            ["model.block.feed_forward: Input tag 'sparse'", "'dense', 'experts'"],
+            ["model.block.feed_forward: Input tag 'sparse'", "'dense', 'grouped', 'experts'"],
         ),
+        ("model.block.attention={kind: linaer}", ["model.block.attention: ", "did you mean 'linear'?"]),
         ("optimizer.schedule={kind: step}", ["optimizer.schedule: ", "'linear', 'cosine', 'stable'"]),
         ("data.corpus={files: [a]}", ["data.corpus: unknown key 'files': valid keys are kind"]),
         ("model=3", ["model: Input should be a valid dictionary or instance of EncoderConfig (given: 3)"]),

@@ -61,7 +61,13 @@ KINDS: dict[str, dict[str, Any]] = {
         "shared": "keys_values",
     },
     "nystrom": {"kind": "nystrom", "heads": 2, "landmarks": 4, "convolution": 3},
-    "nystrom, long convolution, with biases": {"kind": "nystrom", "heads": 4, "landmarks": 3, "bias": True},
+    "nystrom, long convolution, with biases": {
+        "kind": "nystrom",
+        "heads": 4,
+        "landmarks": 3,
+        "positions": None,
+        "bias": True,
+    },
     "nystrom of rotary positions without convolution": {
         "kind": "nystrom",
         "heads": 2,

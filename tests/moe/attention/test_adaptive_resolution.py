@@ -1,6 +1,7 @@
 """The layer of coarse and fine heads against its parts written out."""
 
 from collections.abc import Iterator
+from math import log
 from typing import Any
 from unittest.mock import patch
 
@@ -14,7 +15,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe.attention import adaptive_resolution
-from moe.attention.adaptive_resolution import AdaptiveResolution, AdaptiveResolutionConfig, LengthSplit
+from moe.attention.adaptive_resolution import AdaptiveResolution, AdaptiveResolutionConfig, LengthSplit, with_length
 from moe.batch import PackedBatch, pack_lengths
 from moe.config import EncoderConfig
 from moe.encoder import Encoder
@@ -44,6 +45,11 @@ def built(given: dict[str, Any]) -> AdaptiveResolution:
     layer = AdaptiveResolution(AdaptiveResolutionConfig(**given), WIDTH)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.5)
+    if layer.router is not None:  # lengths speak for the first choice up to four tokens, and beyond for the last
+        weight = layer.router.logits.weight
+        with torch.no_grad():
+            weight[:, -1] = torch.linspace(-1, 1, len(weight))
+            weight[:, -2] = -log(4.5) * weight[:, -1]
     return layer
 
 
@@ -74,13 +80,19 @@ def pools(length: int) -> Iterator[list[int]]:
         yield list(range(first, min(first + size, length)))
 
 
+def routed_by(x: Tensor, lengths: list[int]) -> Tensor:
+    """By the router: a token, 1 and the logarithm of its sequence's length."""
+    own = [length for length in lengths for _ in range(length)]
+    return torch.stack([torch.cat([t, torch.tensor([1.0, log(n)])]) for t, n in zip(x, own, strict=True)])
+
+
 def slow(layer: AdaptiveResolution, x: Tensor, lengths: list[int]) -> Tensor:
     """Sequence by sequence, head by head, token by token."""
     config, split = layer.config, layer.config.split
     theta, reach = config.positions.theta if config.positions else None, config.window // 2
     counts, routing = split.counts(), None
     if not isinstance(split, LengthSplit):
-        routing = oracles.route(layer.router, x, packed(lengths)[1])
+        routing = oracles.route(layer.router, routed_by(x, lengths), packed(lengths)[1])
     out, start = [], 0
     for own in x.split(lengths):
         if not len(own):
@@ -123,7 +135,7 @@ def test_statistics_are_the_routers(name: str) -> None:
     layer, x = built(CONFIGS[name]), torch.randn(sum(LENGTHS), WIDTH)
     batch, tokens = packed(LENGTHS)
     _, stats = layer(x, batch, tokens)
-    expected = oracles.summarize(oracles.route(layer.router, x, tokens))
+    expected = oracles.summarize(oracles.route(layer.router, routed_by(x, LENGTHS), tokens))
     assert stats is not None
     assert_close(stats._asdict(), expected._asdict())
     assert 0 < stats.assigned.max() < sum(LENGTHS)  # of several splits, so several were computed
@@ -136,8 +148,8 @@ def test_the_encoder_finds_the_router() -> None:
     config = EncoderConfig(vocab_size=20, width=WIDTH, depth=2, block={"attention": routed}, overrides=overrides)
     encoder = Encoder(config)
     output = encoder(torch.randint(20, (3, 6)))
-    assert list(encoder.routers()) == list(output.routing) == ["0.heads"]
-    assert output.routing["0.heads"].tokens == 18
+    assert list(encoder.routers()) == list(output.routing) == ["0.splits"]
+    assert output.routing["0.splits"].tokens == 18
 
 
 def test_a_router_without_an_opinion_changes_nothing() -> None:
@@ -155,7 +167,7 @@ def test_only_what_is_chosen_is_computed(given: dict[str, Any]) -> None:
     if isinstance(split, LengthSplit):
         coarse = [split.at(length) for length in LENGTHS]
     else:
-        routing = oracles.route(layer.router, x, packed(LENGTHS)[1])
+        routing = oracles.route(layer.router, routed_by(x, LENGTHS), packed(LENGTHS)[1])
         firsts = [min(sum(LENGTHS[:n]), len(x) - 1) for n in range(len(LENGTHS))]
         coarse = [split.coarse_heads[routing.choices[first, 0]] for first in firsts]
 
@@ -200,7 +212,7 @@ def test_flops_are_those_of_the_projections_and_of_pairs_that_see_each_other(
         expected = 0.0
         for choice, coarse in enumerate(split.coarse_heads):
             with torch.no_grad():
-                layer.router.logits.weight.zero_()[choice] = x.mean(0)  # so it is chosen
+                layer.router.logits.weight.zero_()[choice, -2] = 1.0  # so it is chosen
             expected += (counted_flops(layer, x) + flops_of_mixing(length, coarse)) / len(split.coarse_heads)
     assert length * layer.config.flops_per_token(WIDTH, length) == pytest.approx(expected, rel=1e-12)
 
@@ -209,6 +221,34 @@ def test_flops_are_those_of_the_projections_and_of_pairs_that_see_each_other(
 def test_the_split_of_a_length(split: dict[int, int]) -> None:
     config = LengthSplit(coarse_heads=split)
     assert [config.at(length) for length in (0, 511, 512, 2047, 2048, 10**6)] == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_split_by_length_is_written_as_a_mapping_and_kept_as_pairs() -> None:
+    config = LengthSplit(coarse_heads={512: 2, 0: 1})
+    assert config.coarse_heads == ((0, 1), (512, 2))
+    assert config.model_dump()["coarse_heads"] == {0: 1, 512: 2}
+    assert '"coarse_heads":{"0":1,"512":2}' in config.model_dump_json()
+    assert LengthSplit(**config.model_dump()) == LengthSplit.model_validate_json(config.model_dump_json()) == config
+    assert hash(config) == hash(LengthSplit(coarse_heads={0: 1, 512: 2}))
+
+
+@given(at=st.integers(2, 40))
+def test_a_router_can_have_long_sequences_cost_less(at: int) -> None:
+    """Whatever the length from which on they shall: two columns of its weight say it."""
+    layer = built({**SMALL, "split": {"kind": "routed", "coarse_heads": [1, 4]}})
+    with torch.no_grad():
+        layer.router.logits.weight.zero_()[1, -2:] = torch.tensor([-log(at - 0.5), 1.0])
+    lengths = [1, at - 1, at, 2 * at]
+    routing = layer.router(with_length(torch.randn(sum(lengths), WIDTH), torch.tensor(lengths)), packed(lengths)[1])
+    assert [own[0, 0].item() for own in routing.choices.split(lengths)] == [0, 0, 1, 1]
+
+
+def test_splits_are_not_balanced_unless_asked() -> None:
+    for router in ({}, {"score": "sigmoid"}, {"losses": {"z": 0.1}}):
+        config = AdaptiveResolutionConfig(split={"kind": "routed", "router": router})
+        assert config.split.router.losses.balance == 0
+    config = AdaptiveResolutionConfig(split={"kind": "routed", "router": {"losses": {"balance": 0.1}}})
+    assert (config.split.router.losses.balance, config.split.router.losses.z) == (0.1, 0.001)
 
 
 def test_a_token_costs_the_same_at_any_length_beyond_the_last_threshold() -> None:
@@ -228,7 +268,12 @@ def test_a_token_costs_the_same_at_any_length_beyond_the_last_threshold() -> Non
         ({"split": {"kind": "routed", "coarse_heads": [2, 1, 2]}}, "needs two or more different numbers"),
         ({"split": {"kind": "routed", "router": {"scope": "token"}}}, "set scope: sequence and top_k: 1"),
         ({"split": {"kind": "routed", "router": {"top_k": 2}}}, "set scope: sequence and top_k: 1"),
-        ({"window": 5}, "multiple of 2"),
+        ({"split": {"kind": "routed", "router": {"groups": {"count": 2, "chosen": 1}}}}, "groups of at least two"),
+        (
+            {"split": {"coarse_heads": 3}},
+            "coarse_heads is 3; give a mapping from lengths to numbers of heads, such as {0: 1",
+        ),
+        ({"window": 5}, "sees window / 2 tokens to each side: give a multiple of 2, such as 6"),
     ],
 )
 def test_what_makes_no_split_is_refused(given: dict[str, Any], message: str) -> None:

@@ -172,7 +172,9 @@ def test_parameters_are_counted(config: dict[str, Any]) -> None:
 @every_kind
 def test_a_config_survives_json(config: dict[str, Any]) -> None:
     adapter = TypeAdapter(AttentionConfig)
-    assert adapter.validate_json(adapter.dump_json(parsed(config))) == parsed(config)
+    read = adapter.validate_json(adapter.dump_json(parsed(config)))
+    assert read == parsed(config)
+    assert hash(read) == hash(parsed(config))
 
 
 @every_kind

@@ -135,20 +135,16 @@ def test_bert_is_transformers() -> None:
     assert_close(ours({"heads": 4, "positions": None, "bias": True}, 24, bert_attention(state), x), expected)
 
 
-def test_t5_is_transformers() -> None:
+@pytest.mark.parametrize("channels", [6, 10])
+def test_t5_is_transformers(channels: int) -> None:
     config = T5Config(
-        d_model=24, num_heads=4, d_kv=6, relative_attention_num_buckets=8, relative_attention_max_distance=9
+        d_model=24, num_heads=4, d_kv=channels, relative_attention_num_buckets=8, relative_attention_max_distance=9
     )
     config._attn_implementation = "eager"
     layer = T5Attention(config, has_relative_attention_bias=True)
     state, x = random_weights(layer), torch.randn(2, 30, 24)
-    positions = {"kind": "t5", "buckets": 8, "max_distance": 9}
-    assert_close(
-        ours({"heads": 4, "positions": positions}, 24, t5_attention(state, channels=6), x),
-        layer(x)[0],
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    attention = {"heads": 4, "head_width": channels, "positions": {"kind": "t5", "buckets": 8, "max_distance": 9}}
+    assert_close(ours(attention, 24, t5_attention(state), x), layer(x)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_shaws_keys_are_transformers() -> None:

@@ -40,9 +40,9 @@ def test_halves_are_softmax_attention_and_span_convolution_of_their_own(position
     layer = filled(MixedAttention(MixedAttentionConfig(**options, head_ratio=1, positions=positions, kernel_size=5), 8))
     softmax = SoftmaxAttention(SoftmaxAttentionConfig(**options, positions=positions), 8)
     span = SpanConvolution(SpanConvolutionConfig(**options, kernel_size=5), 8)
-    q, k, v, convolved = layer.projections.weight.chunk(4)
+    q, k, v, convolved = layer.qkv.weight.chunk(4)
     own = dict(layer.named_parameters())
-    biases, kernels = own["projections.bias"].chunk(4), {n: p for n, p in own.items() if n.startswith("span.")}
+    biases, kernels = own["qkv.bias"].chunk(4), {n: p for n, p in own.items() if n.startswith("span.")}
     attending = {"qkv.weight": torch.cat([q, k, v]), "qkv.bias": torch.cat(biases[:3])}
     convolving = {
         "query_value.weight": torch.cat([q, convolved]),
@@ -111,8 +111,10 @@ def test_flops_are_those_that_torch_counts_in_convberts_layer() -> None:
 
 
 def test_a_tensor_that_is_not_there_is_named() -> None:
-    with pytest.raises(KeyError, match=r"h\.0\.self\.key_conv_attn_layer\.depthwise\.weight"):
-        convbert_attention({}, "h.0.")
+    state = {f"h.0.{name}": tensor for name, tensor in published(4, 9).state_dict().items()}
+    del state["h.0.self.key.weight"]
+    with pytest.raises(KeyError, match=r"h\.0\.self\.key\.weight"):
+        convbert_attention(state, "h.0.")
 
 
 def test_parameters_and_flops_literal() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import NystromformerConfig
-from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
+from transformers.models.nystromformer.modeling_nystromformer import NystromformerAttention
 
 from moe.attention import nystrom, varlen
 from moe.attention.nystrom import NystromAttention, NystromConfig, place_landmarks, pseudo_inverse, segment_means
@@ -30,7 +30,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def built(**fields: object) -> NystromAttention:
-    config = NystromConfig(**{"heads": 2, "landmarks": LANDMARKS, "convolution": 3, **fields})
+    config = NystromConfig(**{"heads": 2, "landmarks": LANDMARKS, "convolution": 3, "positions": None, **fields})
     return NystromAttention(config, width=8)
 
 
@@ -103,42 +103,33 @@ def test_any_lengths_match_the_oracle(lengths: list[int]) -> None:
     assert_close(layer(x, *packed(lengths))[0], oracle(layer, x, lengths), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("taps", [5, None])
 @pytest.mark.parametrize("start", ["original", "exact"])
 @pytest.mark.parametrize("length", [24, 8])
-def test_equals_transformers_layer_with_its_weights(length: int, start: str) -> None:
+def test_equals_transformers_layer_with_its_weights(length: int, start: str, taps: int | None) -> None:
     config = NystromformerConfig(
         hidden_size=16,
         num_attention_heads=4,
         num_landmarks=8,
         segment_means_seq_len=length,
-        conv_kernel_size=5,
+        conv_kernel_size=taps or 1,
         attention_probs_dropout_prob=0.0,
     )
-    theirs = NystromformerSelfAttention(config)
-    theirs.init_option = start  # "exact" is the paper's, each head by itself
-    state = {f"encoder.attention.self.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    theirs = NystromformerAttention(config)
+    theirs.self.init_option = start  # "exact" is the paper's, each head by itself
+    if taps is None:  # which their layer knows, though no longer its config
+        theirs.self.conv_kernel_size = None
+        del theirs.self.conv
+    for bias in (p for name, p in theirs.named_parameters() if name.endswith("bias")):
+        torch.nn.init.normal_(bias)  # fresh ones are zero
+    state = {f"encoder.attention.{name}": tensor for name, tensor in theirs.state_dict().items()}
     of_start = "sequence" if start == "original" else "head"
-    fields = NystromConfig(heads=4, landmarks=8, convolution=5, inverse_start=of_start, bias=True)
+    fields = NystromConfig(heads=4, landmarks=8, convolution=taps, inverse_start=of_start, positions=None, bias=True)
     ours = NystromAttention(fields, width=16)
-    missing = ours.load_state_dict(nystromformer_attention(state, "encoder.attention.self."), strict=False)
-    assert missing.missing_keys == ["output.weight", "output.bias"]
-    torch.nn.init.eye_(ours.output.weight)
-    torch.nn.init.zeros_(ours.output.bias)
+    ours.load_state_dict(nystromformer_attention(state, "encoder.attention."))
     x = torch.randn(length, 16)
-    assert_close(ours(x, *packed([length]))[0], theirs(x[None])[0][0], rtol=1e-4, atol=1e-5)
-
-
-def test_published_weights_without_convolution_and_with_an_output() -> None:
-    state = {
-        **{f"self.{name}.weight": torch.randn(4, 4) for name in ("query", "key", "value")},
-        **{f"self.{name}.bias": torch.randn(4) for name in ("query", "key", "value")},
-        "output.dense.weight": torch.randn(4, 4),
-        "output.dense.bias": torch.randn(4),
-    }
-    mapped = nystromformer_attention(state, "self.", output="output.")
-    assert mapped.keys() == {"qkv.weight", "qkv.bias", "output.weight", "output.bias"}
-    assert torch.equal(mapped["qkv.bias"][4:8], state["self.key.bias"])
-    assert torch.equal(mapped["output.weight"], state["output.dense.weight"])
+    expected = theirs.output.dense(theirs.self(x[None])[0][0])  # without dropout, residual and norm
+    assert_close(ours(x, *packed([length]))[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_landmarks_literal() -> None:
@@ -175,7 +166,7 @@ def test_as_many_landmarks_as_tokens_is_nearly_exact() -> None:
 
 
 def test_a_convolution_without_a_middle_is_refused() -> None:
-    with pytest.raises(ValidationError, match="a convolution of 4 tokens has no middle; give an odd number such as 5"):
+    with pytest.raises(ValidationError, match="a kernel of 4 taps has none in the middle"):
         NystromConfig(convolution=4)
 
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch.testing import assert_close
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from moe.positions.rotary import RotaryConfig, rotary_angles, rotate
+from moe.positions.rotary import RotaryConfig, YarnScalingConfig, rotary_angles, rotate
 
 
 def test_literal() -> None:
@@ -86,6 +87,11 @@ def test_yarn_is_transformers(factor: float, length: int, fast: float, slow: flo
     angles = positions[:, None] * frequencies
     ours = rotary_angles(positions, 64, RotaryConfig(scaling=scaling))
     assert_close(ours, (angles.cos() * sharper, angles.sin() * sharper))
+
+
+def test_yarns_fast_pairs_turn_no_less_often_than_its_slow_ones() -> None:
+    with pytest.raises(ValidationError, match=r"fast is 1.0 turns and slow 2.0.* fast must be at least slow"):
+        YarnScalingConfig(factor=2, trained_length=128, fast=1, slow=2)
 
 
 def test_ntk_is_transformers_dynamic_one_at_a_fixed_length() -> None:
