@@ -22,7 +22,9 @@ ROUTERS = {
 
 def model_of(attention: dict[str, Any], last: dict[str, Any] | None = None) -> MaskedLM:
     """Layer 0 has linear attention, layer 1 what is given, and so has the last layer unless it is given another."""
-    overrides = [{"layers": [0], "attention": {"kind": "linear", "heads": 2}}, {"layers": [2], "attention": last}]
+    overrides = [{"layers": [0], "attention": {"kind": "linear", "heads": 2}}]
+    if last is not None:
+        overrides.append({"layers": [2], "attention": last})
     config = EncoderConfig(vocab_size=30, width=16, depth=3, block={"attention": attention}, overrides=overrides)
     model = MaskedLM(config).eval()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
