@@ -10,7 +10,8 @@ sequence's time, which grows as S^g, between this length and the one before it: 
 The cores alone, last: softmax attention of given queries, keys and values against the span-based dynamic convolution of
 given values and kernel logits, 9 taps.
 
-bf16 is autocast over float32 parameters. `forward+backward` takes the gradients of the input and of all parameters.
+bf16 is autocast over float32 parameters. `forward` is evaluation, `forward+backward` training, with the gradients of the
+input and of all parameters.
 """
 
 from collections.abc import Callable, Iterator
@@ -60,7 +61,7 @@ OURS: dict[str, dict[str, Any]] = {
 
 class Contender(NamedTuple):
     forward: Callable[[Tensor], Tensor]  # [T, D] -> [T, D]
-    parameters: list[nn.Parameter]
+    layer: nn.Module
 
 
 def ours(config: dict[str, Any], length: int, sequences: int) -> Contender:
@@ -69,13 +70,12 @@ def ours(config: dict[str, Any], length: int, sequences: int) -> Contender:
     layer = build_attention(parsed, WIDTH).to(device)
     batch = to_device(pack_lengths([length] * sequences), device)
     tokens = Tokens(torch.randint(8192, (length * sequences,), device=device), batch.cu_seqlens)
-    return Contender(lambda x: layer(x, batch, tokens)[0], list(layer.parameters()))
+    return Contender(lambda x: layer(x, batch, tokens)[0], layer)
 
 
 def theirs(peer: Peer, length: int, sequences: int) -> Contender:
     layer = peer(WIDTH, HEADS, length).to(device_in_use())
-    parameters = list(layer.parameters())
-    return Contender(lambda x: layer(x.view(sequences, length, WIDTH)).reshape(-1, WIDTH), parameters)
+    return Contender(lambda x: layer(x.view(sequences, length, WIDTH)).reshape(-1, WIDTH), layer)
 
 
 def contenders(length: int, sequences: int, wanted: list[str]) -> dict[str, Contender]:
@@ -99,9 +99,10 @@ def one_pass(contender: Contender, x: Tensor, mode: str, dtype: str) -> Callable
         with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == "bf16"):
             return contender.forward(x)
 
+    contender.layer.train(mode != "forward")
     if mode == "forward":
         return partial(_without_gradient, forward, x)
-    return train_call(forward, x, [x, *contender.parameters])
+    return train_call(forward, x, [x, *contender.layer.parameters()])
 
 
 def _without_gradient(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
