@@ -10,8 +10,8 @@ sequence's time, which grows as S^g, between this length and the one before it: 
 The cores alone, last: softmax attention of given queries, keys and values against the span-based dynamic convolution of
 given values and kernel logits, 9 taps.
 
-bf16 is autocast over float32 parameters. `forward` is evaluation, `forward+backward` training, with the gradients of the
-input and of all parameters.
+bf16 is autocast over float32 parameters. `forward` is evaluation, `forward+backward` training, with the gradients of
+the input and of all parameters.
 """
 
 from collections.abc import Callable, Iterator
