@@ -16,12 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe.attention import adaptive_resolution
 from moe.attention.adaptive_resolution import AdaptiveResolution, AdaptiveResolutionConfig, LengthSplit, with_length
-from moe.batch import PackedBatch, pack_lengths
 from moe.config import EncoderConfig
 from moe.encoder import Encoder
-from routing.types import Tokens
 from tests import oracles
 from tests.moe.attention import windows
+from tests.moe.attention.windows import packed, project, turned
 
 WIDTH = 16
 SMALL = {"heads": 4, "window": 4, "pool_size": 2, "max_pools": 3}
@@ -51,24 +50,6 @@ def built(given: dict[str, Any]) -> AdaptiveResolution:
             weight[:, -1] = torch.linspace(-1, 1, len(weight))
             weight[:, -2] = -log(4.5) * weight[:, -1]
     return layer
-
-
-def packed(lengths: list[int]) -> tuple[PackedBatch, Tokens]:
-    batch = pack_lengths(lengths)
-    return batch, Tokens(torch.zeros(sum(lengths), dtype=torch.int64), batch.cu_seqlens)
-
-
-def project(linear: nn.Linear, row: Tensor) -> Tensor:
-    return linear.weight @ row if linear.bias is None else linear.weight @ row + linear.bias
-
-
-def turned(head: Tensor, position: float, theta: float | None) -> Tensor:
-    """`[4]`: channels (0, 2) turn by the position, (1, 3) by theta^(-1/2) of it."""
-    if theta is None:
-        return head
-    angles = position * torch.tensor([1.0, theta**-0.5])
-    a, b = head[:2], head[2:]
-    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()])
 
 
 def pools(length: int) -> Iterator[list[int]]:

@@ -13,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe.attention.local import LocalAttention, LocalAttentionConfig
 from moe.attention.window import pairs_in_window
-from moe.batch import PackedBatch, pack_lengths
+from moe.batch import pack_lengths
 from moe.config import EncoderConfig
 from moe.encoder import Encoder
-from routing.types import Tokens
 from tests import oracles
 from tests.moe.attention import windows
+from tests.moe.attention.windows import packed, project, turned
 
 WIDTH = 8
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -37,24 +37,6 @@ def built(given: dict[str, Any]) -> LocalAttention:
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.5)
     return layer
-
-
-def packed(lengths: list[int]) -> tuple[PackedBatch, Tokens]:
-    batch = pack_lengths(lengths)
-    return batch, Tokens(torch.zeros(sum(lengths), dtype=torch.int64), batch.cu_seqlens)
-
-
-def project(linear: nn.Linear, row: Tensor) -> Tensor:
-    return linear.weight @ row if linear.bias is None else linear.weight @ row + linear.bias
-
-
-def turned(heads: Tensor, position: int, theta: float | None) -> Tensor:
-    """`[2, 4]`: channels (0, 2) turn by the position, (1, 3) by theta^(-1/2) of it."""
-    if theta is None:
-        return heads
-    angles = position * torch.tensor([1.0, theta**-0.5])
-    a, b = heads[:, :2], heads[:, 2:]
-    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], 1)
 
 
 def slow(layer: LocalAttention, x: Tensor, lengths: list[int], config: LocalAttentionConfig) -> Tensor:

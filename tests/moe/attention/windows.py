@@ -1,10 +1,12 @@
-"""Window attention written out token by token, for every mechanism that has a window."""
+"""Window attention written out token by token, and what tests of mechanisms with a window share."""
 
 from math import sqrt
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from moe.batch import PackedBatch, pack_lengths
+from routing.types import Tokens
 from tests.oracles import softmax
 
 
@@ -28,3 +30,21 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], reach:
             out.append(torch.stack(rows)[None])
         start += length
     return torch.cat(out)
+
+
+def packed(lengths: list[int]) -> tuple[PackedBatch, Tokens]:
+    batch = pack_lengths(lengths)
+    return batch, Tokens(torch.zeros(sum(lengths), dtype=torch.int64), batch.cu_seqlens)
+
+
+def project(linear: nn.Linear, row: Tensor) -> Tensor:
+    return linear.weight @ row if linear.bias is None else linear.weight @ row + linear.bias
+
+
+def turned(heads: Tensor, position: float, theta: float | None) -> Tensor:
+    """`[.., 4]`: channels (0, 2) turn by the position, (1, 3) by theta^(-1/2) of it."""
+    if theta is None:
+        return heads
+    angles = position * torch.tensor([1.0, theta**-0.5])
+    a, b = heads[..., :2], heads[..., 2:]
+    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
