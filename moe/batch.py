@@ -80,6 +80,39 @@ def unpack(x: Tensor, batch: PackedBatch) -> Tensor:
     return grid.index_copy(0, batch.token_index, x).view(rows, length, *x.shape[1:])
 
 
+def select(batch: PackedBatch, kept: Sequence[int]) -> tuple[PackedBatch, Tensor]:
+    """Leave only some sequences, packed as tightly as before.
+
+    Reads the sequences' lengths, so a GPU is waited for.
+
+    Args:
+        batch: B sequences.
+        kept: which of them stay, ascending.
+
+    Returns:
+        The batch of those, whose `token_index`, `seq_index` and `shape` still are those of the original grid, and which
+        of the T tokens stay, `[T']` int64.
+    """
+    bounds = batch.cu_seqlens.cpu().numpy().astype(np.int64)
+    chosen = np.asarray(kept, dtype=np.int64)
+    counts = bounds[chosen + 1] - bounds[chosen]
+    ends = counts.cumsum()
+    starts = np.repeat(bounds[chosen] - (ends - counts), counts)
+    device = batch.cu_seqlens.device
+    rows = torch.from_numpy(starts + np.arange(counts.sum())).to(device)
+    return (
+        PackedBatch(
+            cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)).to(device),
+            max_seqlen=int(counts.max(initial=0)),
+            positions=batch.positions[rows],
+            token_index=batch.token_index[rows],
+            seq_index=batch.seq_index[torch.from_numpy(chosen).to(device)],
+            shape=batch.shape,
+        ),
+        rows,
+    )
+
+
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
     """The same batch with its tensors on `device`, copied without waiting for the host."""
     return batch._replace(

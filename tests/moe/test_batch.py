@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from moe.batch import PackedBatch, pack, pack_lengths, to_device, unpack
+from moe.batch import PackedBatch, pack, pack_lengths, select, to_device, unpack
 from tests.oracles import gradients
 
 
@@ -115,3 +115,35 @@ def test_to_device_moves_all_tensors_and_nothing_else() -> None:
     moved = to_device(pack_lengths([2, 1]), torch.device("meta"))
     assert {f.device.type for f in moved if isinstance(f, Tensor)} == {"meta"}
     assert (moved.max_seqlen, moved.shape) == (2, (2, 2))
+
+
+def test_select_literal() -> None:
+    batch = pack(torch.tensor([[1, 1, 0], [0, 0, 0], [0, 1, 1], [1, 0, 0]]))
+    kept, rows = select(batch, [1, 2])
+    assert as_lists(kept) == {
+        "cu_seqlens": [0, 0, 2],
+        "max_seqlen": 2,
+        "positions": [0, 1],
+        "token_index": [7, 8],
+        "seq_index": [1, 2],
+        "shape": (4, 3),
+    }
+    assert rows.tolist() == [2, 3]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=8))
+def test_selecting_sequences_is_packing_them_alone(sequences: list[tuple[int, bool]]) -> None:
+    lengths = [length for length, _ in sequences]
+    kept = [b for b, (_, stays) in enumerate(sequences) if stays]
+    x = torch.arange(sum(lengths))
+    batch, rows = select(pack_lengths(lengths), kept)
+    alone = pack_lengths([lengths[b] for b in kept])
+    for name in ("cu_seqlens", "positions", "max_seqlen"):
+        assert as_lists(batch)[name] == as_lists(alone)[name]
+    assert x[rows].tolist() == [t for b in kept for t in x.split(lengths)[b].tolist()]
+    assert batch.seq_index.tolist() == kept
+    # Selecting twice is selecting once: sequences that leave later are still known by their original rows.
+    again, rows_again = select(batch, list(range(0, len(kept), 2)))
+    once, rows_once = select(pack_lengths(lengths), kept[::2])
+    assert as_lists(again) == as_lists(once)
+    assert torch.equal(rows[rows_again], rows_once)
