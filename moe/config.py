@@ -11,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from moe.attention.kinds import AttentionConfig
 from moe.attention.softmax import SoftmaxAttentionConfig
+from moe.exits.config import ExitsConfig
 from moe.experts.config import Backend, ExpertsConfig
 from moe.feed_forward import Activation, DenseConfig, GroupedDenseConfig
 from moe.memory import MemoryConfig
@@ -94,6 +95,7 @@ class EncoderConfig(Config):
     block: BlockConfig = BlockConfig()
     overrides: tuple[BlockOverride, ...] = ()
     positions: LearnedPositionsConfig | None = None  # added to the embeddings, beside what attention does itself
+    exits: ExitsConfig | None = None  # layers behind which a model may answer early
     dropout: float = Field(default=0.0, ge=0, lt=1)  # of what each sublayer adds to the residual
     norm_eps: float = Field(default=1e-5, gt=0)
 
@@ -151,6 +153,8 @@ class EncoderConfig(Config):
                     f"overrides name layer {missing[0]}, but depth is {self.depth}: valid layers are "
                     f"0 to {self.depth - 1}"
                 )
+        if self.exits:
+            self.exits.check(self.depth)
         for layer, block in enumerate(self.blocks()):
             try:
                 block.attention.check(self.width)

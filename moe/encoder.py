@@ -16,6 +16,7 @@ from routing import Router, RoutingStats, Tokens
 class EncoderOutput(NamedTuple):
     last_hidden_state: Tensor  # [B, L, D], zero at padding; [T, D] for packed input
     routing: dict[str, RoutingStats]  # "3.experts", "3.heads", "3.splits": layer 3's routers
+    exits: dict[int, Tensor]  # states behind the layers that have an exit, not normed; shaped as the last ones
 
 
 class Encoder(nn.Module):
@@ -32,7 +33,11 @@ class Encoder(nn.Module):
         self.recompute_blocks = False  # activation checkpointing: set by the trainer, not part of the model
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, batch: PackedBatch | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        batch: PackedBatch | None = None,
+        segment_ids: Tensor | None = None,
     ) -> EncoderOutput:
         """Encode a padded grid, or tokens that are packed already.
 
@@ -40,6 +45,8 @@ class Encoder(nn.Module):
             input_ids: `[B, L]` int64; `[T]` if `batch` is given.
             attention_mask: `[B, L]`, 1 = real token; default: every token is real.
             batch: where the sequences of packed `input_ids` lie.
+            segment_ids: int64, shaped as `input_ids`: which of two texts a token is of. No part of this encoder reads
+                them.
 
         Raises:
             ValueError: for ids and masks of different shapes, or a mask beside a batch.
@@ -55,20 +62,23 @@ class Encoder(nn.Module):
                 "both must be [batch, length]"
             )
         batch = pack(mask)
-        x, routing = self._encode(input_ids.flatten()[batch.token_index], batch)
-        return EncoderOutput(unpack(x, batch), routing)
+        x, routing, exits = self._encode(input_ids.flatten()[batch.token_index], batch)
+        return EncoderOutput(unpack(x, batch), routing, {layer: unpack(state, batch) for layer, state in exits.items()})
 
     def _encode(self, ids: Tensor, batch: PackedBatch) -> EncoderOutput:
         x = self.embeddings(ids, batch)
         tokens = Tokens(ids, batch.cu_seqlens)
         routing: dict[str, RoutingStats] = {}
+        exits: dict[int, Tensor] = {}
         for layer, block in enumerate(self.blocks):
             if self.recompute_blocks and torch.is_grad_enabled():
                 x, routed = checkpoint(block, x, batch, tokens, use_reentrant=False)
             else:
                 x, routed = block(x, batch, tokens)
             routing.update({f"{layer}.{kind}": stats for kind, stats in routed.items()})
-        return EncoderOutput(self.final_norm(x), routing)
+            if self.config.exits and layer in self.config.exits.layers:
+                exits[layer] = x
+        return EncoderOutput(self.final_norm(x), routing, exits)
 
     def routers(self) -> dict[str, Router]:
         """Every router, under the name of its statistics in `EncoderOutput.routing`."""

@@ -15,6 +15,7 @@ from routing import RoutingStats
 class MaskedLMOutput(NamedTuple):
     logits: Tensor  # [N, V]
     routing: dict[str, RoutingStats]
+    exits: dict[int, Tensor]  # by layer, its exit's logits [N, V]
 
 
 class MaskedLMHead(nn.Module):
@@ -31,14 +32,30 @@ class MaskedLMHead(nn.Module):
         return F.linear(self.norm(F.gelu(self.dense(x))), embedding, self.bias)
 
 
+class MaskedLMExit(nn.Module):
+    """A norm and a head of its own, on the states behind a layer."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps, bias=False)
+        self.head = MaskedLMHead(config)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """`[N, D]`, `[V, D]` -> logits `[N, V]`."""
+        out: Tensor = self.head(self.norm(x), embedding)
+        return out
+
+
 class MaskedLM(nn.Module):
-    """Encoder and masked-language-model head with tied embeddings."""
+    """Encoder and masked-language-model head with tied embeddings, and one exit for each layer in `config.exits`."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
         self.head = MaskedLMHead(config)
+        layers = config.exits.layers if config.exits else ()
+        self.exits = nn.ModuleDict({str(n): MaskedLMExit(config) for n in layers})
 
     def forward(
         self,
@@ -46,16 +63,21 @@ class MaskedLM(nn.Module):
         attention_mask: Tensor | None = None,
         batch: PackedBatch | None = None,
         target_index: Tensor | None = None,
+        segment_ids: Tensor | None = None,
     ) -> MaskedLMOutput:
         """Predict tokens.
 
         Args:
-            input_ids, attention_mask, batch: as `Encoder.forward`.
+            input_ids, attention_mask, batch, segment_ids: as `Encoder.forward`.
             target_index: `[N]` int64, which positions of the flattened `input_ids` to predict, usually the
                 masked ones; logits are computed for those only. Default: all, N = `input_ids.numel()`.
         """
-        states, routing = self.encoder(input_ids, attention_mask, batch)
-        flat = states.reshape(-1, self.config.width)
-        if target_index is not None:
-            flat = flat.index_select(0, target_index)
-        return MaskedLMOutput(self.head(flat, self.encoder.embeddings.tokens.weight), routing)
+        states, routing, exits = self.encoder(input_ids, attention_mask, batch, segment_ids)
+        embedding = self.encoder.embeddings.tokens.weight
+
+        def predicted(x: Tensor) -> Tensor:
+            flat = x.reshape(-1, self.config.width)
+            return flat if target_index is None else flat.index_select(0, target_index)
+
+        early = {int(n): head(predicted(exits[int(n)]), embedding) for n, head in self.exits.items()}
+        return MaskedLMOutput(self.head(predicted(states), embedding), routing, early)
