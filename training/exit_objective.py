@@ -138,7 +138,7 @@ def stopping_loss(
     The losses pass no gradient: exits learn by `exits_loss`, however seldom they are taken.
 
     Args:
-        stops: by layer, `[B]` float32, the probability of stopping.
+        stops: by layer, `[B]` float32, the log-odds of stopping (`TaskOutput.stops`).
         losses: by layer, each of `stops` and the last, `[B]`: a sequence's loss there, summed over its targets.
         targets: `[B]`, how many targets each sequence has.
 
@@ -149,7 +149,7 @@ def stopping_loss(
     total = going.new_zeros(())
     for layer in (*sorted(stops), depth - 1):
         worth = losses[layer].detach().float() + layer_price * targets * ((layer + 1) / depth)
-        leaving = going * stops[layer].float() if layer in stops else going
+        leaving = going * stops[layer].float().sigmoid() if layer in stops else going
         total = total + (leaving * worth).sum()
         going = going - leaving
     return total

@@ -224,7 +224,7 @@ def test_a_models_gradients_are_the_sum_of_its_micro_batches(kind: str, config: 
 
 def test_the_price_of_stopping_is_that_of_every_way_a_sequence_can_go() -> None:
     # One sequence of 2 targets in a model of 4 layers, exits behind the first and the third.
-    stops = {0: torch.tensor([0.25]), 2: torch.tensor([0.5])}
+    stops = {0: torch.tensor([0.25]).logit(), 2: torch.tensor([0.0])}
     losses = {0: torch.tensor([8.0]), 2: torch.tensor([4.0]), 3: torch.tensor([1.0])}
     loss = stopping_loss(stops, losses, torch.tensor([2]), layer_price=0.5, depth=4)
     # 1/4 leaves after 1 layer, 3/8 after 3, 3/8 after 4; all four layers cost 2 * 0.5.
@@ -232,11 +232,13 @@ def test_the_price_of_stopping_is_that_of_every_way_a_sequence_can_go() -> None:
 
 
 def test_stopping_teaches_the_router_alone() -> None:
-    stop, exit_loss = torch.tensor([0.25], requires_grad=True), torch.tensor([8.0], requires_grad=True)
+    stop, exit_loss = torch.tensor([0.0], requires_grad=True), torch.tensor([8.0], requires_grad=True)
     last = torch.tensor([1.0], requires_grad=True)
     (2 * stopping_loss({0: stop}, {0: exit_loss, 1: last}, torch.tensor([1]), 1.0, 2)).backward()
     assert stop.grad is not None
-    assert float(stop.grad) == pytest.approx(2 * (8 + 0.5 - 1 - 1))  # stopping costs that much more than going on
+    assert float(stop.grad) == pytest.approx(
+        2 * 0.25 * (8 + 0.5 - 1 - 1)
+    )  # stopping costs that much more; sigmoid' is 1/4
     assert exit_loss.grad is None
     assert last.grad is None
 
@@ -246,11 +248,11 @@ def test_a_router_that_has_learned_stops_where_going_on_costs_more_than_it_gains
     early: float, late: float, price: float
 ) -> None:
     """The loss is linear in the probability of stopping: its slope says which is better, and by how much."""
-    stop = torch.tensor([0.5], requires_grad=True)
+    stop = torch.tensor([0.0], requires_grad=True)
     losses = {0: torch.tensor([early]), 1: torch.tensor([late])}
     stopping_loss({0: stop}, losses, torch.tensor([1]), price, 2).backward()
     assert stop.grad is not None
-    assert float(stop.grad) == pytest.approx((early + price / 2) - (late + price), abs=1e-5)
+    assert 4 * float(stop.grad) == pytest.approx((early + price / 2) - (late + price), abs=1e-5)
 
 
 def test_configs_refuse_what_makes_no_sense() -> None:
