@@ -102,7 +102,7 @@ def score(
             agreed = (memory.agreed + 1) * _least(same, owner, sequences)
             return agreed, Memory(said, owner, agreed)
         case _:
-            rows, owner = _distributions(kind, exit_says.logits.float() / exit_says.temperature, batch, owner)
+            rows, owner = distributions(kind, exit_says.logits.float() / exit_says.temperature, batch, owner)
             return _least(confidence(criterion, rows), owner, sequences), None
 
 
@@ -159,7 +159,7 @@ def first_exit(scores: Tensor, thresholds: Sequence[float]) -> Tensor:
     return torch.where(leaves.any(0), leaves.int().argmax(0), scores.shape[0])  # argmax: the first of the highest
 
 
-def _distributions(
+def distributions(
     kind: OutputKind, logits: Tensor, batch: PackedBatch, owner: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Logits `[R, C]` of R choices among C answers, -inf for what is none, and the sequence of each; None: one each."""
@@ -188,7 +188,7 @@ def _said(kind: OutputKind, logits: Tensor, batch: PackedBatch, owner: Tensor | 
     """What patience compares: labels `[R]`, or numbers `[R, C]`; and the sequence of each."""
     if kind in ("regression", "embedding"):
         return logits.float(), torch.arange(logits.shape[0], device=logits.device)
-    rows, owner = _distributions(kind, logits.float(), batch, owner)
+    rows, owner = distributions(kind, logits.float(), batch, owner)
     return rows.argmax(-1), torch.arange(rows.shape[0], device=rows.device) if owner is None else owner
 
 
