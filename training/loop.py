@@ -69,7 +69,7 @@ def train(
         NonFiniteLoss: of a step that has not been saved.
         UserError: if a checkpoint can't be written, or a stream's document can't be read.
     """
-    max_steps, objective = run.train.max_steps, MaskedLMObjective(run.objective)
+    max_steps, objective = run.train.max_steps, MaskedLMObjective(run.model.depth, run.objective)
     evaluation = None
     with stop_signals() as request:
         while state.step < max_steps:

@@ -12,6 +12,7 @@ from moe.heads import MaskedLMOutput
 from routing import RoutingLossConfig, RoutingStats, RoutingTotals, routing_loss
 from training.config import ObjectiveConfig
 from training.data.packing import MaskedBatch
+from training.exit_objective import exits_loss, masked_lm_distance
 
 
 class Batch(Protocol):
@@ -76,8 +77,9 @@ _NONE = torch.zeros(0, dtype=torch.int64)
 
 
 class MaskedLMObjective(NamedTuple):
-    """Mean cross-entropy over the tokens that are to be predicted (BERT, arXiv 1810.04805)."""
+    """Mean cross-entropy over the tokens that are to be predicted (BERT, arXiv 1810.04805), at every exit as well."""
 
+    depth: int  # of the model
     config: ObjectiveConfig = ObjectiveConfig()
 
     @property
@@ -103,8 +105,16 @@ class MaskedLMObjective(NamedTuple):
         return F.cross_entropy(output.logits.float(), batch.targets.to(output.logits.device), reduction="sum")
 
     def summed(self, output: MaskedLMOutput, batch: MaskedBatch, step: int) -> Summed:
-        loss = self.target_loss(output, batch)
-        return Summed(loss, {"masked_lm": loss.detach()})
+        loss, parts = exits_loss(
+            output.logits,
+            output.exits,
+            lambda logits: self.target_loss(output._replace(logits=logits), batch),
+            self.config.exits,
+            step,
+            self.depth,
+            masked_lm_distance,
+        )
+        return Summed(loss, {"masked_lm": parts.pop("last"), **parts})
 
     def routing_losses(self, config: RoutingLossConfig) -> RoutingLossConfig:
         return config

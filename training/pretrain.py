@@ -93,7 +93,7 @@ def assemble(
             world=ranks.world,
             max_tokens=run.train.evaluation_tokens,
         )
-        return evaluate(engine, batches, MaskedLMObjective(run.objective), ranks)
+        return evaluate(engine, batches, MaskedLMObjective(run.model.depth, run.objective), ranks)
 
     return Assembled(engine, stream, evaluate_held_out)
 

@@ -36,7 +36,7 @@ def share(
         for name, counts in assigned.items()
     }
     losses = dict.fromkeys(assigned, LOSSES)
-    objective = MaskedLMObjective()
+    objective = MaskedLMObjective(depth=2)
     summed = objective.summed(output, objective.nothing._replace(targets=targets), 0)
     return share_of_loss(summed, output.routing, torch.tensor(step_targets), losses, totals, step=0)
 
