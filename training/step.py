@@ -61,7 +61,7 @@ def train_step(
             finite loss is known only after the update.
     """
     counts = _count(batches, stop_requested, ranks)
-    routers = engine.module.encoder.routers()
+    routers = engine.module.routers()
     losses = {name: router.config.losses for name, router in routers.items()}
     step_totals = None
     if config.routing_totals == "step" and len(batches) > 1:
