@@ -97,8 +97,8 @@ def exits_loss(
         distance: as `task_distance` and `masked_lm_distance` make them; asked for under self-distillation only.
 
     Returns:
-        The loss `[]`, and its detached parts: the last layer's loss as `last`, each exit's as `exit_3`, its distance from
-        the last layer's outputs as `imitation_3`.
+        The loss `[]`, and its detached parts: the last layer's loss as `last`, each exit's as `exit_3`, its distance
+        from the last layer's outputs as `imitation_3`.
     """
     own = loss(final)
     parts = {"last": own.detach()}

@@ -118,8 +118,8 @@ def test_routed_heads_beside_experts_give_two_ranks_the_gradients_of_one_process
 def test_exits_give_every_cut_the_gradients_of_one_batch(
     exact: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
 ) -> None:
-    """Alternating, so that two of three steps leave the exits' heads without a loss."""
-    exact["model"]["exits"] = {"layers": [0]}
+    """Alternating, so that two of three steps leave the exits' heads without a loss, but not their routers."""
+    exact["model"]["exits"] = {"layers": [0], "router": {}}
     exact["objective"] = {"exits": {"kind": "alternating"}, "routing_totals": "step"}
     config = str(write_config(exact))
     cuts = {1: ["0,1"], 2: ["1,1", "2,2", "3,1"]}
@@ -132,6 +132,8 @@ def test_exits_give_every_cut_the_gradients_of_one_batch(
     found = load_file(one)
     assert not found["gradient exits.0.head.dense.weight"].any()  # of the first step
     assert found["moment exits.0.head.dense.weight.exp_avg"].any()  # after the second
+    assert found["gradient exits.0.router.router.logits.weight"].any()
+    assert "load 0.exit" in found
 
 
 def run_on(world: int, function: Callable[..., None], *arguments: str) -> None:
