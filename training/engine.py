@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from routing.errors import UserError
-from training.config import EngineConfig, OptimizerConfig, ParallelConfig
+from training.config import AdamWConfig, EngineConfig, ParallelConfig
 from training.expert_parallel import expert_group, shard_experts, whole_of
 
 # DeepSpeed settles its accelerator and log level when it is imported.
@@ -51,7 +51,7 @@ class EngineRun(Protocol):
     """What an engine is to know of a run."""
 
     @property
-    def optimizer(self) -> OptimizerConfig: ...
+    def optimizer(self) -> AdamWConfig: ...
     @property
     def train(self) -> Precision: ...
     @property
@@ -224,7 +224,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: AdamWConfig) -> list[dict[str, Any]]:
     """Matrices decay; norms, biases and other vectors don't."""
     trained = [p for p in model.parameters() if p.requires_grad]
     # ZeRO-3 hides a partitioned parameter's shape, so ask for the whole one's.
@@ -284,7 +284,7 @@ def build_engine(
     run: EngineRun,
     accumulation: int,
     ranks: Ranks,
-    grouped: Callable[[nn.Module, OptimizerConfig], list[dict[str, Any]]] = parameter_groups,
+    grouped: Callable[[nn.Module, AdamWConfig], list[dict[str, Any]]] = parameter_groups,
 ) -> Any:
     """Wrap the model and AdamW in a DeepSpeed engine. Collective.
 
@@ -302,9 +302,11 @@ def build_engine(
         _spread_experts(model, run.parallel.expert)
     model.to(ranks.device)
     groups = grouped(model, run.optimizer)
-    optimizer = torch.optim.AdamW(
+    if run.parallel.expert > 1:
         # Experts that are spread stand in groups of their own, because their partitions and reductions do.
-        split_params_into_different_moe_groups_for_optimizer(groups) if run.parallel.expert > 1 else groups,
+        groups = split_params_into_different_moe_groups_for_optimizer(groups)
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
         lr=run.optimizer.lr,
         betas=run.optimizer.betas,
         eps=run.optimizer.eps,
