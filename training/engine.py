@@ -3,7 +3,7 @@
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple, Protocol
@@ -224,9 +224,9 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def parameter_groups(model: nn.Module, config: AdamWConfig) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases and other vectors don't."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+def parameter_groups(parameters: Iterable[nn.Parameter], config: AdamWConfig) -> list[dict[str, Any]]:
+    """Of those that are trained, matrices decay; norms, biases and other vectors don't."""
+    trained = [p for p in parameters if p.requires_grad]
     # ZeRO-3 hides a partitioned parameter's shape, so ask for the whole one's.
     matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
     vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
@@ -284,7 +284,7 @@ def build_engine(
     run: EngineRun,
     accumulation: int,
     ranks: Ranks,
-    grouped: Callable[[nn.Module, AdamWConfig], list[dict[str, Any]]] = parameter_groups,
+    grouped: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
 ) -> Any:
     """Wrap the model and AdamW in a DeepSpeed engine. Collective.
 
@@ -293,7 +293,7 @@ def build_engine(
 
     Args:
         model: whole, with the same weights on all ranks; of its experts this rank's share is kept.
-        grouped: the trained parameters in AdamW's groups, each with a name of its own (`parameter_groups`).
+        grouped: puts the parameters into AdamW's groups, each with a name of its own; default: `parameter_groups`.
 
     Raises:
         UserError: if DeepSpeed refuses `engine.deepspeed`.
@@ -301,7 +301,7 @@ def build_engine(
     if run.parallel.expert > 1:
         _spread_experts(model, run.parallel.expert)
     model.to(ranks.device)
-    groups = grouped(model, run.optimizer)
+    groups = grouped(model) if grouped else parameter_groups(model.parameters(), run.optimizer)
     if run.parallel.expert > 1:
         # Experts that are spread stand in groups of their own, because their partitions and reductions do.
         groups = split_params_into_different_moe_groups_for_optimizer(groups)
