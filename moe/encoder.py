@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe.batch import PackedBatch, pack, unpack
-from moe.block import EncoderBlock
+from moe.block import BlockOutput, EncoderBlock
 from moe.config import EncoderConfig
 from moe.embeddings import Embeddings
 from routing import Router, RoutingStats, Tokens
@@ -51,34 +51,37 @@ class Encoder(nn.Module):
         Raises:
             ValueError: for ids and masks of different shapes, or a mask beside a batch.
         """
+        ids, packed, segments = packed_input(input_ids, attention_mask, batch, segment_ids)
+        output = self._encode(ids, packed, segments)
         if batch is not None:
-            if attention_mask is not None:
-                raise ValueError("give attention_mask for padded input_ids or batch for packed ones, not both")
-            return self._encode(input_ids, batch)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if mask.shape != input_ids.shape:
-            raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)} but attention_mask {tuple(mask.shape)}; "
-                "both must be [batch, length]"
-            )
-        batch = pack(mask)
-        x, routing, exits = self._encode(input_ids.flatten()[batch.token_index], batch)
-        return EncoderOutput(unpack(x, batch), routing, {layer: unpack(state, batch) for layer, state in exits.items()})
+            return output
+        exits = {layer: unpack(state, packed) for layer, state in output.exits.items()}
+        return EncoderOutput(unpack(output.last_hidden_state, packed), output.routing, exits)
 
-    def _encode(self, ids: Tensor, batch: PackedBatch) -> EncoderOutput:
-        x = self.embeddings(ids, batch)
+    def _encode(self, ids: Tensor, batch: PackedBatch, segment_ids: Tensor | None) -> EncoderOutput:
+        x = self.embed(ids, batch, segment_ids)
         tokens = Tokens(ids, batch.cu_seqlens)
         routing: dict[str, RoutingStats] = {}
         exits: dict[int, Tensor] = {}
-        for layer, block in enumerate(self.blocks):
-            if self.recompute_blocks and torch.is_grad_enabled():
-                x, routed = checkpoint(block, x, batch, tokens, use_reentrant=False)
-            else:
-                x, routed = block(x, batch, tokens)
-            routing.update({f"{layer}.{kind}": stats for kind, stats in routed.items()})
+        for layer in range(self.config.depth):
+            x, routed = self.run_block(layer, x, batch, tokens)
+            routing.update(routed)
             if self.config.exits and layer in self.config.exits.layers:
                 exits[layer] = x
         return EncoderOutput(self.final_norm(x), routing, exits)
+
+    def embed(self, ids: Tensor, batch: PackedBatch, segment_ids: Tensor | None = None) -> Tensor:
+        """`[T]` int64 -> what the first block is given, `[T, D]`."""
+        return self.embeddings(ids, batch)
+
+    def run_block(self, layer: int, x: Tensor, batch: PackedBatch, tokens: Tokens) -> BlockOutput:
+        """One block, its statistics under the names that they have in `EncoderOutput.routing`."""
+        block = self.blocks[layer]
+        if self.recompute_blocks and torch.is_grad_enabled():
+            x, routed = checkpoint(block, x, batch, tokens, use_reentrant=False)
+        else:
+            x, routed = block(x, batch, tokens)
+        return BlockOutput(x, {f"{layer}.{kind}": stats for kind, stats in routed.items()})
 
     def routers(self) -> dict[str, Router]:
         """Every router, under the name of its statistics in `EncoderOutput.routing`."""
@@ -88,3 +91,22 @@ class Encoder(nn.Module):
             if isinstance(block, EncoderBlock)
             for kind, router in block.routers().items()
         }
+
+
+def packed_input(
+    input_ids: Tensor, attention_mask: Tensor | None, batch: PackedBatch | None, segment_ids: Tensor | None
+) -> tuple[Tensor, PackedBatch, Tensor | None]:
+    """Ids, where their sequences lie, and segments, packed; arguments and errors as `Encoder.forward`."""
+    if batch is not None:
+        if attention_mask is not None:
+            raise ValueError("give attention_mask for padded input_ids or batch for packed ones, not both")
+        return input_ids, batch, segment_ids
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if mask.shape != input_ids.shape:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)} but attention_mask {tuple(mask.shape)}; "
+            "both must be [batch, length]"
+        )
+    packed = pack(mask)
+    real = packed.token_index
+    return input_ids.flatten()[real], packed, None if segment_ids is None else segment_ids.flatten()[real]

@@ -14,6 +14,7 @@ from routing.config import Config
 from routing.errors import UserError
 from training.data.config import DataConfig
 from training.data.stream import StreamCorpus
+from training.exit_objective import ExitObjectiveConfig, JointConfig
 
 
 class ObjectiveConfig(Config):
@@ -22,6 +23,7 @@ class ObjectiveConfig(Config):
     # Counts that the balance and importance losses use under gradient accumulation: those of the current micro-batch
     # over all ranks, or those of the whole step, which is exact and costs one more forward pass.
     routing_totals: Literal["micro_batch", "step"] = "micro_batch"
+    exits: ExitObjectiveConfig = JointConfig()  # of a model that has some
 
 
 class LinearSchedule(Config):

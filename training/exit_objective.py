@@ -97,17 +97,17 @@ def exits_loss(
         distance: as `task_distance` and `masked_lm_distance` make them; asked for under self-distillation only.
 
     Returns:
-        The loss `[]`, and its detached parts: each exit's loss as `exit_3`, its distance from the last layer's outputs
-        as `imitation_3`.
+        The loss `[]`, and its detached parts: the last layer's loss as `last`, each exit's as `exit_3`, its distance
+        from the last layer's outputs as `imitation_3`.
     """
     own = loss(final)
+    parts = {"last": own.detach()}
     if not exits:
-        return own, {}
+        return own, parts
     if isinstance(config, AlternatingConfig) and step % 2 == 0:
-        return own + sum((logits[:0].sum() for logits in exits.values()), own.new_zeros(())), {}
+        return own + sum((logits[:0].sum() for logits in exits.values()), own.new_zeros(())), parts
     weights = exit_weights(exits, depth, config.weights)
     total = weights[depth - 1] * own
-    parts: dict[str, Tensor] = {}
     for layer, logits in exits.items():
         value = loss(logits)
         parts[f"exit_{layer}"] = value.detach()

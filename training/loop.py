@@ -122,14 +122,13 @@ def train(
         NonFiniteLoss: of a step that has not been saved.
         UserError: if a checkpoint can't be written, or a stream's document can't be read.
     """
-    max_steps = run.train.max_steps
+    max_steps, objective = run.train.max_steps, MaskedLMObjective(run.model.depth, run.objective)
     evaluation = None
 
     def rate(step: int) -> float:
         return run.optimizer.lr * learning_rate_factor(run.optimizer.schedule, step, max_steps)
 
     with stop_signals() as request:
-        objective = MaskedLMObjective(run.objective)
         for done in steps(
             engine,
             stream,

@@ -127,8 +127,9 @@ class RunLog:
 
     def _write_window(self) -> None:
         last, step = self._window[-1], self._step
-        for name in last.parts:
-            value = float(np.mean([result.parts[name] for result in self._window]))
+        for name in dict.fromkeys(name for result in self._window for name in result.parts):
+            # Exits that are trained in every other step have a loss in those alone.
+            value = float(np.mean([result.parts[name] for result in self._window if name in result.parts]))
             self._writer.add_scalar(f"loss/{name}", value, step)
         self._writer.add_scalar("optimizer/learning_rate", self._lr, step)
         self._writer.add_scalar("optimizer/gradient_norm", last.grad_norm, step)

@@ -93,7 +93,7 @@ def assemble(
             world=ranks.world,
             max_tokens=run.train.evaluation_tokens,
         )
-        return evaluate(engine, batches, MaskedLMObjective(run.objective), ranks)
+        return evaluate(engine, batches, MaskedLMObjective(run.model.depth, run.objective), ranks)
 
     return Assembled(engine, stream, evaluate_held_out)
 
@@ -232,8 +232,9 @@ def _warn_of_other_sizes(checkpoint: Checkpoint, sizes: Mapping[str, int], conso
 
 
 def _alike(model: MaskedLM) -> set[str]:
-    """Routers that choose the same for all input, so that their load isn't to be balanced."""
-    return {name for name, router in model.encoder.routers().items() if isinstance(router, Learned | Measured)}
+    """Routers whose load isn't to be balanced: they choose the same for all input, or who stops at an exit."""
+    exits = {f"{layer}.exit" for layer in model.exits}
+    return exits | {name for name, router in model.encoder.routers().items() if isinstance(router, Learned | Measured)}
 
 
 def _summary(state: TrainState, after: Evaluation, entropy: float, ranks: Ranks, alike: set[str]) -> Summary:

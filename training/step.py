@@ -58,7 +58,7 @@ def train_step(
             finite loss is known only after the update.
     """
     counts = _count(batches, objective, stop_requested, ranks)
-    routers = engine.module.encoder.routers()
+    routers = engine.module.routers()
     losses = {name: objective.routing_losses(router.config.losses) for name, router in routers.items()}
     step_totals = None
     if objective.routing_totals == "step" and len(batches) > 1:
