@@ -26,7 +26,8 @@ class RunLog:
 
     Loads are reported of the last step and of the window since the last report: experts that take turns
     look balanced over a window. `alike` names the routers that choose the same for all input: they leave most choices
-    without a token by design, so of them neither balance nor dead choices are told.
+    without a token by design, so of them neither balance nor dead choices are told. `loss` is the part of the loss that
+    the console shows.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class RunLog:
         max_steps: int,
         console: Console,
         alike: Collection[str] = (),
+        loss: str = "masked_lm",
     ) -> None:
         try:
             self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
@@ -46,6 +48,7 @@ class RunLog:
         self._every = every
         self._console = console
         self._alike = alike
+        self._loss = loss
         self._window: list[StepResult] = []
         self._seconds: list[float] = []  # of the window's steps
         self._lr = 0.0
@@ -87,16 +90,20 @@ class RunLog:
                 self._write_window()
             self._window, self._seconds = [], []
 
-    def evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Record a held-out evaluation."""
+    def evaluation(self, step: int, evaluation: Evaluation, metrics: Mapping[str, float] | None = None) -> None:
+        """Record a held-out evaluation, and a task's metrics there."""
+        scores = metrics or {}
         with self._recording():
             self._writer.add_scalar("loss/held_out", evaluation.loss, step)
+            for name, value in scores.items():
+                self._writer.add_scalar(f"held_out/{name}", value, step)
             reports = {name: report(stats) for name, stats in evaluation.routing.items()}
             for name, figures in reports.items():
                 self._write_report("routing_held_out", name, figures, step)
             if reports:
                 self._writer.add_image("routing_held_out/load", load_image(reports), step, dataformats="HWC")
-        self._console.print(f"step {step}: held-out loss {evaluation.loss:.4f}")
+        told = "".join(f"  {name} {value:.4f}" for name, value in scores.items())
+        self._console.print(f"step {step}: held-out loss {evaluation.loss:.4f}{told}")
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -112,7 +119,7 @@ class RunLog:
         last = self._window[-1]
         worst = worst_balance(last.routing, self._alike)
         balance = "" if worst is None else f"  worst max/mean {worst:.2f}"
-        return f"loss {last.parts['masked_lm']:.3f}  {self._tokens_per_second():,.0f} tokens/s{balance}"
+        return f"loss {last.parts[self._loss]:.3f}  {self._tokens_per_second():,.0f} tokens/s{balance}"
 
     def _tokens_per_second(self) -> float:
         """Over the window, of optimizer steps alone."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moe.experts.config import ExpertsConfig
 from moe.experts.dispatch import DispatchPlan
-from moe.experts.mixture import choose_mixture
+from moe.experts.mixture import choose_mixture, mixture_with_dropout
 from moe.feed_forward import input_width
 from moe.precision import in_autocast
 
@@ -23,6 +23,7 @@ class Experts(nn.Module):
         self.activation = config.activation
         self.backend = config.backend
         self.mixture = choose_mixture(config.backend, width, config.width)
+        self.dropout = 0.0  # of hidden units in training: set by the trainer, not part of the model
         self.up = nn.Parameter(torch.empty(config.count, width, input_width(config.width, config.activation)))
         self.down = nn.Parameter(torch.empty(config.count, config.width, width))
         self.reset_parameters()
@@ -36,6 +37,8 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
         """`[T, D]`, gates `[T, K]` -> `[T, D]`: each token's experts, weighted; in autocast's dtype if on."""
         x = in_autocast(x)  # which doesn't know grouped products
+        if self.training and self.dropout:
+            return mixture_with_dropout(x, weights, plan, self.up, self.down, self.activation, self.dropout)
         return self.mixture(x, weights, plan, self.up, self.down, self.activation)
 
     def extra_repr(self) -> str:
