@@ -1,4 +1,4 @@
-"""How well an exit's probabilities say how often it is right, and the temperature that makes them. R rows, C answers."""
+"""Whether an exit's probabilities say how often it is right, and the temperature that makes them. R rows, C answers."""
 
 from math import exp
 

@@ -72,9 +72,9 @@ def figures(outcomes: Outcomes, settings: Sequence[Thresholds]) -> list[Figures]
 
 
 def intervals(outcomes: Outcomes, settings: Sequence[Thresholds], seed: int = 0) -> list[tuple[Figures, Figures]]:
-    """Between which values 95 % of the figures lie if sequences are drawn anew, with replacement (percentile bootstrap).
+    """Between which values 95 % of the figures lie if sequences are drawn anew, with replacement.
 
-    A drop is that of the same draw, so what both have in common cancels.
+    That is the percentile bootstrap. A drop is that of the same draw, so what both have in common cancels.
     """
     count = len(outcomes.targets)
     drawn = torch.randint(count, (_SAMPLES, count), generator=torch.Generator().manual_seed(seed))
