@@ -152,9 +152,9 @@ def _best_threshold(scores: Tensor, difference: Tensor) -> float:
     return float(scores[best]) if len(sums) and sums[best] < 0 else inf
 
 
-def candidates(outcomes: Outcomes) -> list[Thresholds]:
-    """Settings by layer, for many prices, cheapest computation first; each once."""
-    return list(dict.fromkeys(by_layer(outcomes, price) for price in reversed(_PRICES)))
+def for_prices(outcomes: Outcomes) -> dict[Thresholds, float]:
+    """Settings by layer for many prices, and the price of each."""
+    return {by_layer(outcomes, price): price for price in _PRICES}
 
 
 def pick(of: Sequence[Figures], request: MaxDrop | Speedup) -> int | None:
