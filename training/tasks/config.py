@@ -161,5 +161,6 @@ class TaskDataConfig(Config):
 
 
 def default_spec(task: TaskConfig) -> TaskSpec:
-    """The spec that a task's config doesn't contradict, with every column under its usual name."""
-    return _ADAPTER.validate_python({"kind": task.kind})
+    """How to read rows to predict if nothing else is said: every column under its usual name, one text to a row."""
+    alone = {"text2": None} if task.kind == "embedding" else {}
+    return _ADAPTER.validate_python({"kind": task.kind, **alone})
