@@ -189,11 +189,11 @@ def _yes_no_divergence(student: Tensor, teacher: Tensor, temperature: float) -> 
 
 
 def _divergence_within(student: Tensor, teacher: Tensor, temperature: float, cu_seqlens: Tensor) -> Tensor:
-    said, taught = (_log_softmax_within(logits.float() / temperature, cu_seqlens) for logits in (student, teacher))
+    said, taught = (log_softmax_within(logits.float() / temperature, cu_seqlens) for logits in (student, teacher))
     return temperature**2 * (taught.exp() * (taught - said)).mean(-1).sum()
 
 
-def _log_softmax_within(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+def log_softmax_within(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Log-softmax of `[T, C]` over each sequence's tokens."""
     sequence = sequence_of_token(cu_seqlens, len(x))
     rows = sequence[:, None].expand_as(x)

@@ -5,34 +5,40 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from moe.config import EncoderConfig
+from moe.exits.config import ExitsConfig
 from routing.config import Config
 from training.config import AdamWConfig, EngineConfig, LogConfig, ParallelConfig
+from training.exit_objective import ExitObjectiveConfig, JointConfig
 from training.tasks.config import TaskDataConfig
 
 
-class PretrainedStart(Config):
+class _Start(Config):
+    """And what is changed about the encoder."""
+
+    dropout: float | None = Field(default=None, ge=0, lt=1)  # of its sublayers; None: as it was trained with
+    exits: ExitsConfig | None = None  # exits to add, behind which layers; those it was trained with don't stay
+
+
+class PretrainedStart(_Start):
     """A folder that `save_pretrained` wrote: pre-trained, upcycled, or fine-tuned for something before."""
 
     kind: Literal["pretrained"] = "pretrained"
     path: str
-    dropout: float | None = Field(default=None, ge=0, lt=1)  # of the encoder's sublayers; None: as it was trained with
 
 
-class CheckpointStart(Config):
+class CheckpointStart(_Start):
     """A training checkpoint, or a run's folder for its last one."""
 
     kind: Literal["checkpoint"] = "checkpoint"
     path: str
-    dropout: float | None = Field(default=None, ge=0, lt=1)
 
 
-class FreshStart(Config):
+class FreshStart(_Start):
     """Random weights, the baseline: an encoder as that in the folder `like`, or another, with its tokenizer."""
 
     kind: Literal["fresh"] = "fresh"
     like: str
     encoder: EncoderConfig | None = None
-    dropout: float | None = Field(default=None, ge=0, lt=1)
 
 
 StartConfig = Annotated[PretrainedStart | CheckpointStart | FreshStart, Field(discriminator="kind")]
@@ -68,6 +74,7 @@ class TaskObjectiveConfig(Config):
 
     class_weights: ClassWeights = EqualWeights()
     temperature: float = Field(default=0.05, gt=0)  # of similarities, where a pair is told from others
+    exits: ExitObjectiveConfig = JointConfig()  # what exits learn, where the model has some
     routing_totals: Literal["micro_batch", "step"] = "micro_batch"  # as in pre-training
 
 

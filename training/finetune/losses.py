@@ -1,79 +1,84 @@
-"""The tasks' losses: each a sum over targets. Shape legend in `routing/types.py`; B sequences, C outputs, P pairs."""
+"""The tasks' losses, of each target. B sequences, P pairs of them; other shapes' legend in `routing/types.py`."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moe.batch import PackedBatch
+from training.exit_objective import log_softmax_within
 
 UNLABELLED = -100  # a token without a label
 
 
 def label_loss(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
-    """`sum_i w_{t_i} (-log softmax(logits_i)_{t_i})` over what has a label.
+    """`w_{t_i} (-log softmax(logits_i)_{t_i})`, 0 where there is no label.
 
     Args:
-        logits: `[N, C]`.
+        logits: `[N, C]`, of sequences or tokens.
         targets: `[N]` int64, -100 without a label.
         weights: `[C]` float32; None: all 1.
+
+    Returns:
+        `[N]` float32.
     """
-    return F.cross_entropy(logits.float(), targets, weights, ignore_index=UNLABELLED, reduction="sum")
+    return F.cross_entropy(logits.float(), targets, weights, ignore_index=UNLABELLED, reduction="none")
 
 
-def label_weight(targets: Tensor, weights: Tensor | None) -> float:
-    """What `label_loss` is divided by for a mean: how many have a label, or their weights' sum."""
-    labelled = targets[targets != UNLABELLED]
-    return len(labelled) if weights is None else float(weights.double()[labelled].sum())
+def label_weight(targets: Tensor, weights: Tensor | None) -> Tensor:
+    """What each target counts, `[N]` float32: 1 or its label's weight, and 0 without a label."""
+    labelled = targets != UNLABELLED
+    return labelled.float() if weights is None else weights[targets.clamp(min=0)] * labelled
 
 
 def multi_label_loss(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
-    """Binary cross-entropy of each sequence and label, that of positive targets times the label's weight.
+    """Binary cross-entropy summed over labels, that of positive targets times the label's weight: `[B]`.
 
     Args:
         logits: `[B, C]`.
         targets: `[B, C]` float32, 0 or 1.
         weights: `[C]` float32; None: all 1.
     """
-    return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=weights, reduction="sum")
+    return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=weights, reduction="none").sum(1)
 
 
 def regression_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Squared error of `[B, 1]` outputs to `[B]` standardised numbers."""
-    return F.mse_loss(logits.float().squeeze(1), targets, reduction="sum")
+    """Squared error of `[B, 1]` outputs to `[B]` standardised numbers: `[B]`."""
+    return (logits.float().squeeze(1) - targets).square()
 
 
 def span_loss(logits: Tensor, targets: Tensor, batch: PackedBatch) -> Tensor:
     """Mean of the cross-entropies of an answer's first and last token, each among all tokens of its sequence
-    (BERT, arXiv 1810.04805, section 4.2).
+    (BERT, arXiv 1810.04805, section 4.2): `[B]`.
 
     Args:
         logits: `[T, 2]`.
         targets: `[B, 2]` int64, positions in the sequence.
     """
-    rows, length = batch.shape
-    grid = logits.new_full((rows * length, 2), float("-inf"), dtype=torch.float32)
-    scores = grid.index_copy(0, batch.token_index, logits.float()).view(rows, length, 2)
-    return F.cross_entropy(scores, targets, reduction="sum") / 2
+    said = log_softmax_within(logits.float(), batch.cu_seqlens)
+    tokens = batch.cu_seqlens[:-1].long()[:, None] + targets
+    return -said.gather(0, tokens).mean(1)
 
 
 def contrastive_loss(embeddings: Tensor, groups: Tensor, temperature: float) -> Tensor:
     """Of each pair's first text, the cross-entropy of its partner among the partners of its group (InfoNCE, arXiv
-    1807.03748; of pairs of texts with in-batch negatives, 1705.00652).
+    1807.03748; of pairs of texts with in-batch negatives, 1705.00652): `[P]`.
 
     Args:
         embeddings: `[2P, D]` of unit length; 2i and 2i + 1 are a pair.
         groups: `[P]` int64, pairs of the same one are each other's negatives.
         temperature: that similarities are divided by.
     """
-    if not len(groups):  # there is no mean of nothing, but a graph
-        return embeddings.sum()
-    texts, partners = embeddings.float().view(len(groups), 2, -1).unbind(1)
+    texts, partners = _pairs(embeddings)
     similarities = texts @ partners.T / temperature
     among = similarities.masked_fill(groups[:, None] != groups, float("-inf"))
-    return F.cross_entropy(among, torch.arange(len(groups), device=among.device), reduction="sum")
+    return torch.logsumexp(among, 1) - among.diagonal()
 
 
 def cosine_loss(embeddings: Tensor, scores: Tensor) -> Tensor:
-    """Squared error of pairs' similarities to `[P]` scores; `embeddings` as in `contrastive_loss`."""
-    texts, partners = embeddings.float().view(len(scores), 2, -1).unbind(1)
-    return F.mse_loss((texts * partners).sum(1), scores, reduction="sum")
+    """Squared error of pairs' similarities to `[P]` scores: `[P]`; `embeddings` as in `contrastive_loss`."""
+    texts, partners = _pairs(embeddings)
+    return ((texts * partners).sum(1) - scores).square()
+
+
+def _pairs(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    return embeddings[::2].float(), embeddings[1::2].float()

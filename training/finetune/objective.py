@@ -5,11 +5,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from moe.batch import pack_lengths, to_device
+from moe.batch import PackedBatch, pack_lengths, to_device
 from moe.tasks.config import TaskConfig
 from moe.tasks.model import TaskOutput
 from routing import RoutingLossConfig
 from routing.config import Coefficient, LinearCoefficient
+from routing.sequences import sequence_sums
+from training.exit_objective import exits_loss, stopping_loss, task_distance
+from training.finetune.config import TaskObjectiveConfig
 from training.finetune.losses import (
     contrastive_loss,
     cosine_loss,
@@ -28,14 +31,18 @@ _NONE = torch.zeros(0, dtype=torch.int64)
 
 
 class TaskObjective(NamedTuple):
-    """A `training.objective.Objective` of a task."""
+    """A `training.objective.Objective` of a task, at every exit as well."""
 
     task: TaskConfig
+    depth: int  # of the model
+    config: TaskObjectiveConfig = TaskObjectiveConfig()
     class_weights: Tensor | None = None  # [C] float32, on the CPU
-    temperature: float = 0.05
     scored: bool = False  # embedding: pairs have scores, rather than negatives
     balance_loss: float = 1.0  # times the coefficients of the losses in `SPREADING`
-    routing_totals: Literal["micro_batch", "step"] = "micro_batch"
+
+    @property
+    def routing_totals(self) -> Literal["micro_batch", "step"]:
+        return self.config.routing_totals
 
     @property
     def nothing(self) -> TaskBatch:
@@ -48,16 +55,7 @@ class TaskObjective(NamedTuple):
         return TaskBatch(_NONE, _NONE, pack_lengths([]), targets.get(self.task.kind, _NONE), _NONE, _NONE, _NONE)
 
     def weight(self, batch: TaskBatch) -> float:
-        sequences = len(batch.batch.seq_index)
-        match self.task.kind:
-            case "classification" | "token_classification":
-                return label_weight(batch.targets, self.class_weights)
-            case "multi_label":
-                return sequences * self.task.outputs
-            case "embedding":
-                return sequences // 2
-            case _:
-                return sequences
+        return float(self.sequence_weights(batch).double().sum())
 
     def forward(self, model: Any, batch: TaskBatch, device: torch.device) -> TaskOutput:
         output: TaskOutput = model(
@@ -68,30 +66,64 @@ class TaskObjective(NamedTuple):
         return output
 
     def target_loss(self, output: TaskOutput, batch: TaskBatch) -> Tensor:
-        return self.loss_of(output.logits, batch)
+        return self.sequence_losses(output.logits, batch).sum()
 
     def summed(self, output: TaskOutput, batch: TaskBatch, step: int) -> Summed:
-        loss = self.target_loss(output, batch)
-        return Summed(loss, {LOSS: loss.detach()})
+        device = output.logits.device
+        loss, parts = exits_loss(
+            output.logits,
+            output.exits,
+            lambda logits: self.sequence_losses(logits, batch).sum(),
+            self.config.exits,
+            step,
+            self.depth,
+            task_distance(self.task, batch.targets.to(device), to_device(batch.batch, device)),
+        )
+        parts = {LOSS: parts.pop("last"), **parts}
+        if output.stops:
+            at_exits = {**output.exits, self.depth - 1: output.logits}
+            losses = {layer: self.sequence_losses(logits.detach(), batch) for layer, logits in at_exits.items()}
+            weights = self.sequence_weights(batch).to(device)
+            price = stopping_loss(output.stops, losses, weights, self.config.exits.layer_price, self.depth)
+            loss, parts = loss + price, parts | {"stopping": price.detach()}
+        return Summed(loss, parts)
 
-    def loss_of(self, logits: Tensor, batch: TaskBatch) -> Tensor:
-        """`[]` float32, the sum over the batch's targets, of what the model's head or an exit's says."""
+    def sequence_losses(self, logits: Tensor, batch: TaskBatch) -> Tensor:
+        """`[B]` float32, the sum over a sequence's targets, of what the head or an exit's says; half a pair's for each
+        of its two."""
         device = logits.device
-        targets = batch.targets.to(device)
+        targets, where = batch.targets.to(device), to_device(batch.batch, device)
         weights = None if self.class_weights is None else self.class_weights.to(device)
         match self.task.kind:
-            case "classification" | "token_classification":
+            case "classification":
                 return label_loss(logits, targets, weights)
+            case "token_classification":
+                return _by_sequence(label_loss(logits, targets, weights), where)
             case "multi_label":
                 return multi_label_loss(logits, targets, weights)
             case "regression":
                 return regression_loss(logits, targets)
             case "question_answering":
-                return span_loss(logits, targets, to_device(batch.batch, device))
+                return span_loss(logits, targets, where)
             case "embedding":
                 if self.scored:
-                    return cosine_loss(logits, targets)
-                return contrastive_loss(logits, batch.groups[::2].to(device), self.temperature)
+                    return _halves(cosine_loss(logits, targets))
+                return _halves(contrastive_loss(logits, batch.groups[::2].to(device), self.config.temperature))
+
+    def sequence_weights(self, batch: TaskBatch) -> Tensor:
+        """`[B]` float32 on the CPU, what a sequence's targets count."""
+        ones = torch.ones(len(batch.batch.seq_index))
+        match self.task.kind:
+            case "classification":
+                return label_weight(batch.targets, self.class_weights)
+            case "token_classification":
+                return _by_sequence(label_weight(batch.targets, self.class_weights), batch.batch)
+            case "multi_label":
+                return ones * self.task.outputs
+            case "embedding":
+                return ones / 2
+            case _:
+                return ones
 
     def routing_losses(self, config: RoutingLossConfig) -> RoutingLossConfig:
         factors = dict.fromkeys(SPREADING, self.balance_loss)
@@ -103,3 +135,13 @@ class TaskObjective(NamedTuple):
 def _last(coefficient: Coefficient) -> float:
     """What a coefficient has become when pre-training is over."""
     return coefficient.end if isinstance(coefficient, LinearCoefficient) else coefficient
+
+
+def _by_sequence(values: Tensor, batch: PackedBatch) -> Tensor:
+    """`[T]` -> `[B]`."""
+    return sequence_sums(values[:, None], batch.cu_seqlens).squeeze(1)
+
+
+def _halves(pairs: Tensor) -> Tensor:
+    """`[P]` -> `[2P]`: half to each of the two."""
+    return pairs.repeat_interleave(2) / 2

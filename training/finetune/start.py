@@ -51,8 +51,11 @@ def read_start(run: FinetuneConfig) -> Start:
             found = load_model(folder)
             config, weights = found.config, found.encoder.state_dict()
     tokenizer = read_tokenizer(folder)
-    changed = {"exits": None} | ({} if start.dropout is None else {"dropout": start.dropout})
-    config = EncoderConfig.model_validate({**dict(config), **changed})
+    changed = {"exits": start.exits} | ({} if start.dropout is None else {"dropout": start.dropout})
+    try:
+        config = EncoderConfig.model_validate({**dict(config), **changed})
+    except ValidationError as error:
+        raise UserError(f"model doesn't fit the encoder in {folder}: {error.errors()[0]['msg']}") from error
     words = vocabulary(tokenizer).size
     if words > config.vocab_size:
         raise UserError(
