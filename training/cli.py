@@ -71,6 +71,20 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", type=Path, help="write every figure here as well")
     plan.set_defaults(run=_plan)
 
+    calibrate = commands.add_parser("calibrate", help="choose on held-out examples when a model may answer early")
+    calibrate.add_argument("model", type=Path, help="a fine-tuned model's folder; its config.json gets the choice")
+    calibrate.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help="held-out examples")
+    wish = calibrate.add_mutually_exclusive_group(required=True)
+    wish.add_argument("--max-accuracy-drop", type=float, metavar="POINTS", help="lose no more percentage points")
+    wish.add_argument("--speedup", type=float, metavar="FACTOR", help="save at least so much computation, such as 2.0")
+    calibrate.add_argument(
+        "--criterion", nargs="+", metavar="KIND", help="max_probability, entropy, ... (default: the best that suits)"
+    )
+    calibrate.add_argument("--json", type=Path, help="write every figure here as well")
+    calibrate.add_argument("--dry-run", action="store_true", help="leave the model as it is")
+    calibrate.add_argument("overrides", nargs="*", metavar="a.b=value", help="how to read examples: task.label=tag")
+    calibrate.set_defaults(run=_calibrate)
+
     launch = commands.add_parser("launch", help="run a moe command on several processes")
     launch.add_argument("--ranks", type=int, help="processes on each machine (default: one per GPU)")
     launch.add_argument("--hostfile", type=Path, help="machines to start it on by ssh, one 'name slots=N' a line")
@@ -167,11 +181,34 @@ def _plan(options: argparse.Namespace) -> int:
     sheet = make_sheet(run, options.gpus, gpu, options.efficiency)
     print_sheet(sheet, Console())
     if options.json:
-        try:
-            options.json.write_text(json.dumps(as_json(sheet), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {options.json}: {error.strerror}; choose another --json") from error
+        _write_json(options.json, as_json(sheet))
     return 0
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from training.calibration.calibrate import save_exits
+    from training.calibration.report import as_json, print_calibration
+    from training.calibration.run import calibrate_folder, wanted
+
+    console = Console()
+    request = wanted(options.max_accuracy_drop, options.speedup)
+    task, found = calibrate_folder(options.model, options.data, request, options.criterion, options.overrides)
+    print_calibration(found, task, console)
+    if options.json:
+        _write_json(options.json, as_json(found))
+    if not options.dry_run:
+        save_exits(options.model, found.exits)
+        console.print(f"saved in {options.model / 'config.json'}", soft_wrap=True)
+    return 0
+
+
+def _write_json(path: Path, value: object) -> None:
+    try:
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another --json") from error
 
 
 def _launch(options: argparse.Namespace) -> int:

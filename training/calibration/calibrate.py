@@ -40,6 +40,7 @@ from training.calibration.thresholds import (
 )
 
 LEAST_EXAMPLES = 40  # of which half choose
+KINDS = ("max_probability", "entropy", "margin", "patience", "learned", "fixed")
 _CURVE = 20  # points
 _CRITERION: TypeAdapter[CriterionConfig] = TypeAdapter(CriterionConfig)
 
@@ -185,11 +186,13 @@ def _temperatures(model: TaskModel, heard: Sequence[Said], half: Tensor) -> tupl
 
 def _criterion(kind: str, model: TaskModel, exits: ExitsConfig) -> CriterionConfig:
     """As the model has it, if it is of that kind; what is to be found is only its threshold."""
-    if exits.criterion is not None and exits.criterion.kind == kind:
-        criterion = exits.criterion
-    else:
-        criterion = _CRITERION.validate_python({"kind": kind, "threshold": 1.0})
+    if kind not in KINDS:
+        raise UserError(f"there is no criterion '{kind}'; valid are {', '.join(KINDS)}")
     try:
+        if exits.criterion is not None and exits.criterion.kind == kind:
+            criterion = exits.criterion
+        else:
+            criterion = _CRITERION.validate_python({"kind": kind, "threshold": 1.0})
         exits.check_criterion(criterion)
         check_criterion(criterion, model.task.kind)
     except ValueError as error:
@@ -228,8 +231,8 @@ def _best(choices: Sequence[_Choice], request: MaxDrop | Speedup) -> _Choice:
         else f"{request.factor:g} times less computation"
     )
     raise UserError(
-        f"no threshold gives {asked}; the nearest is {kind} with a drop of {near.drop:.2f} points at {near.speedup:.2f} "
-        "times less computation. Ask for that, put exits behind other layers, or train them longer"
+        f"no threshold gives {asked}; the nearest is {kind} with a drop of {near.drop:.2f} points at "
+        f"{near.speedup:.2f} times less computation. Ask for that, put exits behind other layers, or train them longer"
     )
 
 
