@@ -81,7 +81,8 @@ def score(
         exit_says: with `stop` for the learned criterion.
         batch: the B sequences, each of at least one token.
         memory: what was returned at the exit before, of the same sequences; None at the first.
-        owner: `[N]` int64, the sequence of each target, of which each has one; of a masked language model only.
+        owner: the sequence of each row of logits, int64; needed where those are targets `[N]`, of which each sequence
+            has one at least.
 
     Returns:
         `[B]` float32, and what to remember, None where that is nothing.
@@ -148,7 +149,7 @@ def exit_scores(
         now, memory = score(criterion, kind, says, batch, memory, owner)
         scores.append(now)
     says_something = batch.cu_seqlens.diff() > 0
-    if owner is not None:
+    if kind == "masked_lm" and owner is not None:
         says_something = torch.zeros_like(says_something).index_fill(0, owner, True)
     return torch.stack(scores).masked_fill(~says_something, inf)
 
@@ -170,7 +171,7 @@ def distributions(
             owner = torch.arange(logits.shape[0], device=logits.device).repeat_interleave(logits.shape[1])
             return torch.stack([logits.flatten(), logits.new_zeros(logits.numel())], dim=1), owner
         case "token_classification":
-            return logits, sequence_of_token(batch.cu_seqlens, logits.shape[0])
+            return logits, sequence_of_token(batch.cu_seqlens, logits.shape[0]) if owner is None else owner
         case "question_answering":  # among the tokens of the sequence, which one it starts at, and which one it ends at
             sequence = sequence_of_token(batch.cu_seqlens, logits.shape[0])
             sequences = batch.cu_seqlens.shape[0] - 1
