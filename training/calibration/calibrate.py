@@ -1,7 +1,6 @@
 """When a fine-tuned model may answer early: criterion, thresholds and temperatures, chosen on held-out examples.
 
-Half of the examples choose, the other half tell what the choice does: figures of what was chosen on the same examples
-would promise too much.
+Some examples choose, others tell what the choice does: figures of the ones that chose would promise too much.
 """
 
 import json
@@ -11,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from pydantic import TypeAdapter
-from torch import Tensor
 
 from moe.config import EncoderConfig
 from moe.exits.config import CriterionConfig, ExitsConfig, FixedExitConfig, PatienceConfig
@@ -21,7 +19,7 @@ from moe.pretrained import CONFIG
 from moe.tasks.config import EmbeddingConfig, RegressionConfig
 from moe.tasks.model import TaskModel
 from routing.errors import UserError
-from training.calibration.outcomes import Answers, Said, all_answers, outcomes
+from training.calibration.outcomes import Said, all_answers, outcomes
 from training.calibration.temperature import calibration_error, helpful_temperature
 from training.calibration.thresholds import (
     Figures,
@@ -35,18 +33,16 @@ from training.calibration.thresholds import (
     layers_help,
     nearest,
     pick,
-    restrict,
     same_for_all,
 )
 
-LEAST_EXAMPLES = 40  # of which half choose
+LEAST_EXAMPLES = 20  # that choose, and as many that judge
 KINDS = ("max_probability", "entropy", "margin", "patience", "learned", "fixed")
-_CURVE = 20  # points
 _CRITERION: TypeAdapter[CriterionConfig] = TypeAdapter(CriterionConfig)
 
 
 class Point(NamedTuple):
-    """A setting of thresholds, on the examples that didn't choose it."""
+    """A setting of thresholds, on the sequences that judge."""
 
     thresholds: Thresholds
     figures: Figures
@@ -55,7 +51,7 @@ class Point(NamedTuple):
 
 
 class ExitQuality(NamedTuple):
-    """One exit, or the last layer, on the examples that chose nothing."""
+    """One exit, or the last layer, on the sequences that judge."""
 
     layer: int
     accuracy: float  # percent, if all left here
@@ -75,11 +71,12 @@ class Calibration(NamedTuple):
     judging: int
 
 
-class _Choice(NamedTuple):
+class Choice(NamedTuple):
+    """Settings of one criterion, on the sequences that choose among them."""
+
     criterion: CriterionConfig
-    outcomes: Outcomes  # of all sequences
     settings: list[Thresholds]
-    figures: list[Figures]  # of each setting, on the choosing half
+    figures: list[Figures]  # of each setting
     best: int | None  # that meets the request
 
 
@@ -92,47 +89,42 @@ def suitable_criteria(model: TaskModel) -> list[str]:
 
 
 def calibrate(
-    model: TaskModel, heard: Sequence[Said], request: MaxDrop | Speedup, kinds: Sequence[str], seed: int = 0
+    model: TaskModel,
+    choosing: Sequence[Said],
+    judging: Sequence[Said],
+    request: MaxDrop | Speedup,
+    kinds: Sequence[str],
 ) -> Calibration:
     """Find criterion, thresholds and temperatures that meet a request at the least cost, or loss.
 
     Thresholds differ by layer where that helps on sequences that they weren't chosen on.
 
     Args:
-        heard: what the model says of held-out examples, as `listen` gives it.
+        choosing: what the model says of the examples that choose, as `listen` gives it.
+        judging: of others, which every figure is of.
         kinds: of the criteria to choose from.
-        seed: of which examples choose.
 
     Raises:
         UserError: for a model that has no exits or whose outputs are neither right nor wrong, too few examples, a
             criterion that doesn't suit, and a request that no setting meets, with the nearest.
     """
-    exits = _checked(model, heard)
-    half = _half(heard, seed)
-    examples = torch.cat([said.examples for said in heard])
-    chooses = half[examples] >= 0
-    temperatures = _temperatures(model, heard, half)
-    choices = []
-    for kind in kinds:
-        criterion = _criterion(kind, model, exits)
-        every = outcomes(model, heard, criterion, temperatures)
-        choices.append(_choose(criterion, every, chooses, half[examples], request))
+    exits = _checked(model, choosing, judging)
+    temperatures = fit_temperatures(model, choosing)
+    choices = [choose(model, choosing, criterion_of(kind, model), temperatures, request) for kind in kinds]
     choice = _best(choices, request)
-    judging = restrict(choice.outcomes, ~chooses)
     assert choice.best is not None
     setting = choice.settings[choice.best]
-    curve = _points(judging, _thinned(choice.settings, figures(judging, choice.settings)))
-    threshold = setting[0] if len(set(setting)) == 1 else setting
-    criterion = type(choice.criterion).model_validate({**choice.criterion.model_dump(), "threshold": threshold})
+    judged = outcomes(model, judging, choice.criterion, temperatures)
+    criterion = with_thresholds(choice.criterion, setting)
     return Calibration(
         exits=ExitsConfig.model_validate(
             {**exits.model_dump(), "criterion": criterion.model_dump(), "temperatures": temperatures}
         ),
-        chosen=_points(judging, [setting])[0],
-        curve=curve,
-        by_exit=_by_exit(model, heard, half, judging, temperatures),
-        choosing=int(chooses.sum()),
-        judging=int((~chooses).sum()),
+        chosen=points(judged, [setting])[0],
+        curve=points(judged, thinned(choice.settings, figures(judged, choice.settings))),
+        by_exit=_by_exit(model, judging, judged, temperatures),
+        choosing=sum(len(said.examples) for said in choosing),
+        judging=len(judged.targets),
     )
 
 
@@ -148,44 +140,21 @@ def save_exits(folder: Path, exits: ExitsConfig) -> None:
     write_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def _checked(model: TaskModel, heard: Sequence[Said]) -> ExitsConfig:
-    if model.config.exits is None:
-        raise UserError("the model has no exits to calibrate; fine-tune it with model.exits.layers")
-    if isinstance(model.task, EmbeddingConfig):
-        raise UserError(
-            "an embedding is neither right nor wrong, so no threshold can be chosen for a drop of accuracy; set "
-            "exits.criterion to patience with a tolerance, or to fixed, by hand"
-        )
-    count = len({int(row) for said in heard for row in said.examples})
-    if count < LEAST_EXAMPLES:
-        raise UserError(
-            f"{count} held-out examples are too few: half of them choose, half judge the choice; give at least "
-            f"{LEAST_EXAMPLES}, better a thousand"
-        )
-    return model.config.exits
-
-
-def _half(heard: Sequence[Said], seed: int) -> Tensor:
-    """Which examples choose: by their number, an index among those that do, else -1."""
-    rows = torch.cat([said.examples for said in heard]).unique()
-    drawn = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))][: (len(rows) + 1) // 2]
-    return torch.full((int(rows.max()) + 1,), -1).index_copy(0, drawn, torch.arange(len(drawn)))
-
-
-def _of_half(answers: Answers, half: Tensor, chooses: bool) -> Answers:
-    mask = (half[answers.owner] >= 0) == chooses
-    return Answers(answers.logits[mask], answers.targets[mask], half[answers.owner[mask]])
-
-
-def _temperatures(model: TaskModel, heard: Sequence[Said], half: Tensor) -> tuple[float, ...] | None:
+def fit_temperatures(model: TaskModel, choosing: Sequence[Said]) -> tuple[float, ...] | None:
+    """One for each exit, 1 where none helps; None for outputs that are no probabilities."""
     if isinstance(model.task, RegressionConfig):
         return None
-    chosen = (_of_half(all_answers(model.task, heard, int(layer)), half, True) for layer in model.exits)
-    return tuple(helpful_temperature(*answers) for answers in chosen)
+    return tuple(helpful_temperature(*all_answers(model.task, choosing, int(layer))) for layer in model.exits)
 
 
-def _criterion(kind: str, model: TaskModel, exits: ExitsConfig) -> CriterionConfig:
-    """As the model has it, if it is of that kind; what is to be found is only its threshold."""
+def criterion_of(kind: str, model: TaskModel) -> CriterionConfig:
+    """As the model has it, if it is of that kind; what is to be found is only its threshold.
+
+    Raises:
+        UserError: if it doesn't suit.
+    """
+    exits = model.config.exits
+    assert exits is not None
     if kind not in KINDS:
         raise UserError(f"there is no criterion '{kind}'; valid are {', '.join(KINDS)}")
     try:
@@ -200,23 +169,51 @@ def _criterion(kind: str, model: TaskModel, exits: ExitsConfig) -> CriterionConf
     return criterion
 
 
-def _choose(
-    criterion: CriterionConfig, every: Outcomes, chooses: Tensor, groups: Tensor, request: MaxDrop | Speedup
-) -> _Choice:
-    """The best setting of one criterion, on the choosing half."""
-    own = restrict(every, chooses)
+def with_thresholds(criterion: CriterionConfig, setting: Thresholds) -> CriterionConfig:
+    """The criterion with these thresholds; a single one where they are all the same."""
+    threshold = setting[0] if len(set(setting)) == 1 else setting
+    return type(criterion).model_validate({**criterion.model_dump(), "threshold": threshold})
+
+
+def choose(
+    model: TaskModel,
+    choosing: Sequence[Said],
+    criterion: CriterionConfig,
+    temperatures: tuple[float, ...] | None,
+    request: MaxDrop | Speedup,
+) -> Choice:
+    """The settings of one criterion, and the best of them."""
+    own = outcomes(model, choosing, criterion, temperatures)
     settings = same_for_all(own)
     if not isinstance(criterion, PatienceConfig | FixedExitConfig):
         priced = for_prices(own)
         layered = list(priced)
         best = pick(figures(own, layered), request)
-        if best is not None and layers_help(own, groups[chooses], priced[layered[best]]):
+        groups = torch.cat([said.examples for said in choosing])
+        if best is not None and layers_help(own, groups, priced[layered[best]]):
             settings = layered
     done = figures(own, settings)
-    return _Choice(criterion, every, settings, done, pick(done, request))
+    return Choice(criterion, settings, done, pick(done, request))
 
 
-def _best(choices: Sequence[_Choice], request: MaxDrop | Speedup) -> _Choice:
+def _checked(model: TaskModel, choosing: Sequence[Said], judging: Sequence[Said]) -> ExitsConfig:
+    if model.config.exits is None:
+        raise UserError("the model has no exits to calibrate; fine-tune it with model.exits.layers")
+    if isinstance(model.task, EmbeddingConfig):
+        raise UserError(
+            "an embedding is neither right nor wrong, so no threshold can be chosen for a drop of accuracy; set "
+            "exits.criterion to patience with a tolerance, or to fixed, by hand"
+        )
+    count = min(sum(len(said.examples.unique()) for said in heard) for heard in (choosing, judging))
+    if count < LEAST_EXAMPLES:
+        raise UserError(
+            f"of {count} held-out examples nothing can be learned: half of all choose, half judge the choice, and each "
+            f"half needs {LEAST_EXAMPLES}, better hundreds"
+        )
+    return model.config.exits
+
+
+def _best(choices: Sequence[Choice], request: MaxDrop | Speedup) -> Choice:
     meeting = [choice for choice in choices if choice.best is not None]
     if meeting:
         best = pick([choice.figures[choice.best] for choice in meeting if choice.best is not None], request)
@@ -236,30 +233,31 @@ def _best(choices: Sequence[_Choice], request: MaxDrop | Speedup) -> _Choice:
     )
 
 
-def _thinned(settings: Sequence[Thresholds], done: Sequence[Figures]) -> list[Thresholds]:
+def thinned(settings: Sequence[Thresholds], done: Sequence[Figures], most: int = 20) -> list[Thresholds]:
     """Some of the settings, at even steps of computation, fastest first."""
     order = sorted(range(len(settings)), key=lambda n: -done[n].speedup)
     shares = torch.tensor([1 / done[n].speedup for n in order])
-    wanted = torch.linspace(float(shares[0]), float(shares[-1]), _CURVE)
+    wanted = torch.linspace(float(shares[0]), float(shares[-1]), most)
     places = torch.searchsorted(shares, wanted).clamp(max=len(order) - 1).unique().tolist()
     return [settings[order[place]] for place in places]
 
 
-def _points(judging: Outcomes, settings: Sequence[Thresholds]) -> list[Point]:
-    between = zip(settings, figures(judging, settings), intervals(judging, settings), strict=True)
+def points(judged: Outcomes, settings: Sequence[Thresholds]) -> list[Point]:
+    """What settings do, with intervals."""
+    between = zip(settings, figures(judged, settings), intervals(judged, settings), strict=True)
     return [Point(setting, done, low, high) for setting, done, (low, high) in between]
 
 
 def _by_exit(
-    model: TaskModel, heard: Sequence[Said], half: Tensor, judging: Outcomes, temperatures: tuple[float, ...] | None
+    model: TaskModel, judging: Sequence[Said], judged: Outcomes, temperatures: tuple[float, ...] | None
 ) -> list[ExitQuality]:
-    accuracies = (100 * judging.right.sum(1) / judging.targets.sum()).tolist()
+    accuracies = (100 * judged.right.sum(1) / judged.targets.sum()).tolist()
     layers = [*map(int, model.exits), model.config.depth - 1]
     if temperatures is None:
         return [ExitQuality(n, a, 1.0, None, None) for n, a in zip(layers, accuracies, strict=True)]
     rows = []
     for layer, accuracy, temperature in zip(layers, accuracies, (*temperatures, 1.0), strict=True):
-        logits, targets, _ = _of_half(all_answers(model.task, heard, layer), half, False)
+        logits, targets, _ = all_answers(model.task, judging, layer)
         errors = [calibration_error(logits, targets, t) for t in (1.0, temperature)]
         rows.append(ExitQuality(layer, accuracy, temperature, errors[0], errors[1]))
     return rows

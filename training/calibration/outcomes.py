@@ -65,7 +65,7 @@ def answers(task: TaskConfig, said: Said, layer: int) -> Answers:
 
 
 def all_answers(task: TaskConfig, heard: Sequence[Said], layer: int) -> Answers:
-    """Those of all batches that have a target; `owner` is the example."""
+    """Those of all batches that have a target; `owner` is the example of the data set."""
     parts = [answers(task, said, layer) for said in heard]
     width = max(part.logits.shape[1] for part in parts)  # answers' places are as many as a batch's longest sequence
     kept = [part.targets != _UNLABELLED for part in parts]

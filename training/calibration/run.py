@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from datasets import Dataset
+
 from moe.pretrained import task_from_pretrained
 from routing.errors import UserError
 from training.calibration.calibrate import Calibration, calibrate, suitable_criteria
@@ -41,7 +44,7 @@ def calibrate_folder(
     kinds: Sequence[str] | None = None,
     overrides: Sequence[str] = (),
 ) -> tuple[str, Calibration]:
-    """Calibrate a saved model, which is left as it is.
+    """Calibrate a saved model, which is left as it is, on two halves of some examples.
 
     Args:
         folder: as `save_pretrained` wrote it, with a tokenizer.
@@ -60,5 +63,16 @@ def calibrate_folder(
     data = {"train": {"files": [str(file) for file in files]}, "task": default_spec(task).model_dump(mode="json")}
     config = overridden(data, list(overrides), TaskDataConfig, "what calibrate was told to read")
     encoded = prepare_examples(config.train, config, task, read_tokenizer(folder))
-    batches = evaluation_batches(encoded.items, task, config.task, micro_batch_tokens=_MICRO_BATCH_TOKENS)
-    return task.kind, calibrate(model, listen(model, batches), request, kinds or suitable_criteria(model))
+    choosing, judging = (
+        listen(model, evaluation_batches(half, task, config.task, micro_batch_tokens=_MICRO_BATCH_TOKENS))
+        for half in halves(encoded.items)
+    )
+    return task.kind, calibrate(model, choosing, judging, request, kinds or suitable_criteria(model))
+
+
+def halves(items: Dataset) -> tuple[Dataset, Dataset]:
+    """Two halves of the examples, drawn by lot; all items of one example are in the same."""
+    rows = np.asarray(items["row"])
+    drawn = np.random.default_rng(0).permutation(np.unique(rows))
+    first = np.isin(rows, drawn[: len(drawn) // 2])
+    return items.select(np.flatnonzero(first)), items.select(np.flatnonzero(~first))
