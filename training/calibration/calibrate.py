@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from moe.config import EncoderConfig
 from moe.exits.config import CriterionConfig, ExitsConfig, FixedExitConfig, PatienceConfig
 from moe.exits.criteria import check_criterion
+from moe.exits.stats import LengthReport
 from moe.files import write_file
 from moe.pretrained import CONFIG
 from moe.tasks.config import EmbeddingConfig, RegressionConfig
@@ -27,6 +28,7 @@ from training.calibration.thresholds import (
     Outcomes,
     Speedup,
     Thresholds,
+    depth_by_length,
     figures,
     for_prices,
     intervals,
@@ -67,6 +69,7 @@ class Calibration(NamedTuple):
     chosen: Point
     curve: list[Point]  # of the chosen criterion, from few layers to all
     by_exit: list[ExitQuality]
+    by_length: list[LengthReport]  # how deep sequences go, under what was chosen
     choosing: int  # sequences
     judging: int
 
@@ -123,6 +126,7 @@ def calibrate(
         chosen=points(judged, [setting])[0],
         curve=points(judged, thinned(choice.settings, figures(judged, choice.settings))),
         by_exit=_by_exit(model, judging, judged, temperatures),
+        by_length=depth_by_length(judged, setting),
         choosing=sum(len(said.examples) for said in choosing),
         judging=len(judged.targets),
     )

@@ -25,9 +25,9 @@ def print_calibration(found: Calibration, task: str, console: Console) -> None:
     exits = Table(title="if all left at one exit", title_justify="left")
     for column in ("behind layer", "accuracy", "temperature", "calibration error", "with temperature"):
         exits.add_column(column, justify="right")
-    for row in found.by_exit:
-        errors = ["-" if e is None else f"{e:.4f}" for e in (row.error_before, row.error_after)]
-        exits.add_row(str(row.layer), f"{row.accuracy:.2f}", f"{row.temperature:.3f}", *errors)
+    for at in found.by_exit:
+        errors = ["-" if e is None else f"{e:.4f}" for e in (at.error_before, at.error_after)]
+        exits.add_row(str(at.layer), f"{at.accuracy:.2f}", f"{at.temperature:.3f}", *errors)
     console.print(exits)
     curve = Table(title=f"accuracy against computation, {found.exits.criterion.kind}", title_justify="left")  # type: ignore[union-attr]
     for column in ("thresholds", "layers a sequence", "layers a token", "FLOPs", "accuracy", "drop"):
@@ -37,6 +37,13 @@ def print_calibration(found: Calibration, task: str, console: Console) -> None:
     curve.add_section()
     curve.add_row(*_cells(found.chosen), style="bold")
     console.print(curve)
+    lengths = Table(title="depth by length, as chosen", title_justify="left")
+    for column in ("tokens", "sequences", "layers"):
+        lengths.add_column(column, justify="right")
+    for row in found.by_length:
+        longest = "and more" if row.longest is None else f"to {row.longest}"
+        lengths.add_row(f"{row.shortest} {longest}", str(row.sequences), f"{row.mean_layers:.2f}")
+    console.print(lengths)
 
 
 def as_json(found: Calibration) -> dict[str, Any]:
@@ -48,6 +55,7 @@ def as_json(found: Calibration) -> dict[str, Any]:
         "chosen": _point(found.chosen),
         "curve": [_point(point) for point in found.curve],
         "by_exit": [row._asdict() for row in found.by_exit],
+        "by_length": [row._asdict() for row in found.by_length],
     }
 
 

@@ -60,7 +60,10 @@ def calibrate_folder(
     """
     model = task_from_pretrained(folder)
     task = model.task
-    data = {"train": {"files": [str(file) for file in files]}, "task": default_spec(task).model_dump(mode="json")}
+    data = {
+        "train": {"kind": "files", "files": [str(file) for file in files]},
+        "task": default_spec(task).model_dump(mode="json"),
+    }
     config = overridden(data, list(overrides), TaskDataConfig, "what calibrate was told to read")
     encoded = prepare_examples(config.train, config, task, read_tokenizer(folder))
     choosing, judging = (

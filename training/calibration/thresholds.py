@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe.exits.criteria import first_exit
+from moe.exits.stats import LengthReport, exit_report, exit_stats
 
 Thresholds = tuple[float, ...]  # one for each exit
 _SAMPLES = 1000  # of a bootstrap
@@ -62,6 +63,12 @@ def restrict(outcomes: Outcomes, chosen: Tensor) -> Outcomes:
 def leaving(outcomes: Outcomes, setting: Thresholds) -> Tensor:
     """Where each sequence leaves: `[B]` int64, X for behind the last layer."""
     return first_exit(outcomes.scores, setting)
+
+
+def depth_by_length(outcomes: Outcomes, setting: Thresholds) -> list[LengthReport]:
+    """How deep sequences of similar lengths go."""
+    layers = outcomes.layers[leaving(outcomes, setting)].long()
+    return exit_report(exit_stats(outcomes.tokens.long(), layers, int(outcomes.layers[-1]))).by_length
 
 
 def figures(outcomes: Outcomes, settings: Sequence[Thresholds]) -> list[Figures]:
