@@ -77,9 +77,13 @@ def test_each_sequence_says_what_it_says_alone(task: str, kind: str) -> None:
     thresholds = thresholds_between(list(alone.values()), kind, [0.3, 0.5, 0.5])
     criterion = criterion_config(kind, LAYERS[1] if kind == "fixed" else thresholds)
     batch = pack_lengths(LENGTHS)
-    left = check(early_exit(model, torch.cat(sequences), batch=batch, criterion=criterion), model, sequences, alone, (
-        thresholds if kind != "fixed" else thresholds
-    ))
+    left = check(
+        early_exit(model, torch.cat(sequences), batch=batch, criterion=criterion),
+        model,
+        sequences,
+        alone,
+        (thresholds if kind != "fixed" else thresholds),
+    )
     assert kind in ("fixed", "patience") or len(set(left)) >= 3, "thresholds are to send sequences different ways"
     grid = torch.full((len(LENGTHS), max(LENGTHS)), 7)
     mask = torch.zeros_like(grid)
