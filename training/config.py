@@ -251,7 +251,7 @@ def load_config(path: Path, overrides: list[str], kind: type[ConfigT]) -> Config
     if not isinstance(data, dict):
         raise UserError(f"{path} holds {type(data).__name__}, not sections such as `model:` and `train:`")
     for override in overrides:
-        _apply_override(data, override)
+        apply_override(data, override)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -294,7 +294,12 @@ def _yaml_path(loc: tuple[int | str, ...], data: Any, absent: bool) -> str:
     return ".".join(path)
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set what `a.b=value` says in a YAML file's data.
+
+    Raises:
+        UserError: for one that is malformed, or doesn't fit the data.
+    """
     path, equals, value = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):

@@ -15,7 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from routing import RoutingReport, RoutingStats, add_stats, report
+from moe.heads import MaskedLM
+from moe.tasks.model import TaskModel
+from routing import Learned, Measured, RoutingReport, RoutingStats, add_stats, report
 from routing.errors import UserError
 from training.evaluate import Evaluation
 from training.step import StepResult
@@ -146,6 +148,11 @@ class RunLog:
         scalars |= {f"load/{choice:03d}": share for choice, share in enumerate(figures.load)}
         for figure, value in scalars.items():
             self._writer.add_scalar(f"{view}/{name}/{figure}", value, step)
+
+
+def routed_alike(model: MaskedLM | TaskModel) -> set[str]:
+    """Routers that choose the same for all input, so that their load isn't to be balanced."""
+    return {name for name, router in model.encoder.routers().items() if isinstance(router, Learned | Measured)}
 
 
 def worst_balance(routing: Mapping[str, RoutingStats], alike: Collection[str] = ()) -> float | None:
