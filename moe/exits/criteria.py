@@ -43,7 +43,7 @@ class ExitSays(NamedTuple):
     """What one exit says of B sequences."""
 
     layer: int
-    logits: Tensor  # [B, C]; of token_classification and question_answering [T, C]; of masked_lm [N, V]
+    logits: Tensor | None  # [B, C]; of token_classification and question_answering [T, C]; of masked_lm [N, V]
     stop: Tensor | None = None  # [B] float32, log-odds of stopping by its router
     temperature: float = 1.0
 
