@@ -19,10 +19,10 @@ from moe.batch import PackedBatch, pack_lengths, to_device
 from moe.config import EncoderConfig
 from moe.exits.config import CriterionConfig, EntropyConfig, LearnedExitConfig, MaxProbabilityConfig, PatienceConfig
 from moe.exits.criteria import ExitSays, score
-from moe.exits.inference import early_exit
+from moe.exits.inference import early_exit, listen
+from moe.exits.remainder import begin
 from moe.tasks.config import ClassificationConfig, TaskConfig, TokenClassificationConfig
 from moe.tasks.model import TaskModel
-from routing import Tokens
 
 BATCHES = (1, 8, 32, 128)
 CRITERIA = (MaxProbabilityConfig(), EntropyConfig(), PatienceConfig(), LearnedExitConfig())
@@ -43,13 +43,13 @@ class Prescribed(nn.Module):
         return logits
 
 
-def build(options: argparse.Namespace, task: TaskConfig, exits: bool) -> TaskModel:
+def build(options: argparse.Namespace, task: TaskConfig, exits: bool, router: bool = False) -> TaskModel:
     config = EncoderConfig.model_validate(
         {
             "width": options.width,
             "depth": options.depth,
             "block": {"attention": {"heads": options.width // 64}, "feed_forward": {"width": 4 * options.width}},
-            "exits": {"layers": tuple(range(options.depth - 1)), "router": {}} if exits else None,
+            "exits": {"layers": tuple(range(options.depth - 1)), "router": {} if router else None} if exits else None,
         }
     )
     torch.manual_seed(0)
@@ -100,30 +100,24 @@ def measure_compaction(options: argparse.Namespace, sequences: int) -> Row:
 @torch.inference_mode()
 def measure_decision(options: argparse.Namespace, task: TaskConfig, criterion: CriterionConfig, sequences: int) -> Row:
     """One exit over one layer."""
-    device, model = device_in_use(), build(options, task, exits=True)
+    device, model = device_in_use(), build(options, task, exits=True, router=criterion.kind == "learned")
     batch = to_device(pack_lengths([options.length] * sequences), device)
     ids = torch.randint(model.config.vocab_size, (sequences * options.length,), device=device)
-    tokens = Tokens(ids, batch.cu_seqlens)
-    x = model.encoder.embed(ids, batch)
-    module = model.exits["0"]
-    output = module(x, batch, tokens)
-    _, memory = score(criterion, task.kind, ExitSays(0, output.logits, output.stop), batch)
+    here, _ = begin(model, ids, batch, None, None, in_grid=False)
+    _, memory = score(criterion, task.kind, listen(model, criterion, 0, here, 1.0), batch)
 
-    def judge(logits: Tensor, stop: Tensor | None) -> list[int]:
-        scores, _ = score(criterion, task.kind, ExitSays(1, logits, stop), batch, memory)
+    def judge(says: ExitSays) -> list[int]:
+        scores, _ = score(criterion, task.kind, says, batch, memory, here.owner)
         sure = scores >= 0.9
         staying: list[int] = (~sure).nonzero().squeeze(1).tolist()
         return staying
 
-    def decide() -> list[int]:
-        said = module(x, batch, tokens)
-        return judge(said.logits, said.stop)
-
+    says = listen(model, criterion, 1, here, 1.0)
     seconds = interleaved_seconds(
         {
-            "layer": lambda: model.encoder.run_block(0, x, batch, tokens),
-            "decision": decide,
-            "criterion": lambda: judge(output.logits, output.stop),
+            "layer": lambda: model.encoder.run_block(0, here.x, batch, here.tokens),
+            "decision": lambda: judge(listen(model, criterion, 1, here, 1.0)),
+            "criterion": lambda: judge(says),
         },
         options.rounds,
     )

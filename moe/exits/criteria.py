@@ -78,7 +78,7 @@ def score(
     Args:
         criterion: which `check_criterion` has let pass.
         kind: of the outputs.
-        exit_says: with `stop` for the learned criterion.
+        exit_says: with `stop` for the learned criterion, with `logits` for all but that and fixed.
         batch: the B sequences, each of at least one token.
         memory: what was returned at the exit before, of the same sequences; None at the first.
         owner: the sequence of each row of logits, int64; needed where those are targets `[N]`, of which each sequence
@@ -95,15 +95,18 @@ def score(
         case LearnedExitConfig():
             assert exit_says.stop is not None, "the exits' config has checked that there are routers"
             return torch.sigmoid(exit_says.stop), None
+    logits = exit_says.logits
+    assert logits is not None, "the others judge what an exit says"
+    match criterion:
         case PatienceConfig():
-            said, owner = _said(kind, exit_says.logits, batch, owner)
+            said, owner = _said(kind, logits, batch, owner)
             if memory is None:
                 return torch.zeros(sequences, device=device), Memory(said, owner, torch.zeros(sequences, device=device))
             same = _same(kind, memory.said, said, criterion.tolerance).float()
             agreed = (memory.agreed + 1) * _least(same, owner, sequences)
             return agreed, Memory(said, owner, agreed)
         case _:
-            rows, owner = _distributions(kind, exit_says.logits.float() / exit_says.temperature, batch, owner)
+            rows, owner = distributions(kind, logits.float() / exit_says.temperature, batch, owner)
             return _least(confidence(criterion, rows), owner, sequences), None
 
 
@@ -160,7 +163,7 @@ def first_exit(scores: Tensor, thresholds: Sequence[float]) -> Tensor:
     return torch.where(leaves.any(0), leaves.int().argmax(0), scores.shape[0])  # argmax: the first of the highest
 
 
-def _distributions(
+def distributions(
     kind: OutputKind, logits: Tensor, batch: PackedBatch, owner: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Logits `[R, C]` of R choices among C answers, -inf for what is none, and the sequence of each; None: one each."""
@@ -189,7 +192,7 @@ def _said(kind: OutputKind, logits: Tensor, batch: PackedBatch, owner: Tensor | 
     """What patience compares: labels `[R]`, or numbers `[R, C]`; and the sequence of each."""
     if kind in ("regression", "embedding"):
         return logits.float(), torch.arange(logits.shape[0], device=logits.device)
-    rows, owner = _distributions(kind, logits.float(), batch, owner)
+    rows, owner = distributions(kind, logits.float(), batch, owner)
     return rows.argmax(-1), torch.arange(rows.shape[0], device=rows.device) if owner is None else owner
 
 

@@ -98,7 +98,7 @@ def early_exit(
         spent += len(here.sequences)
         if criterion is None or layer not in exits:
             continue
-        says = _listen(model, criterion, layer, here, exits[layer].temperature)
+        says = listen(model, criterion, layer, here, exits[layer].temperature)
         scores, memory = score(criterion, output_kind(model), says, here.batch, here.memory, here.owner)
         here = here._replace(memory=memory)
         sure = scores >= exits[layer].threshold
@@ -135,7 +135,7 @@ def early_exit(
     return EarlyOutput(logits, exit_layer, routing, stats, after)
 
 
-def _listen(
+def listen(
     model: TaskModel | MaskedLM, criterion: CriterionConfig, layer: int, here: Remainder, temperature: float
 ) -> ExitSays:
     """What the criterion has to know of an exit. Who needs no answers to be judged gives them when leaving."""

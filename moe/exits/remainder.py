@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from moe.batch import PackedBatch, pack_lengths, select, to_device
 from moe.exits.criteria import Memory, OutputKind
-from moe.heads import MaskedLM, rows_in_grid
+from moe.heads import MaskedLM, MaskedLMExit, rows_in_grid
 from moe.tasks.heads import per_token
-from moe.tasks.model import TaskModel
+from moe.tasks.model import TaskExit, TaskModel
 from routing import Tokens
 from routing.sequences import sequence_of_token
 
@@ -110,16 +110,16 @@ def output_kind(model: TaskModel | MaskedLM) -> OutputKind:
 
 def exit_logits(model: TaskModel | MaskedLM, layer: int, here: Remainder) -> Tensor:
     """What the exit behind a layer says, `[R, C]`."""
-    at = model.exits[str(layer)]
+    at = _exit(model, layer)
     states: Tensor = at.norm(here.x if here.targets is None else here.x[here.targets])
     return _apply(model, at.head, states, here.batch)
 
 
 def exit_decision(model: TaskModel | MaskedLM, layer: int, here: Remainder) -> Tensor:
     """Log-odds of stopping behind a layer, by the exit's router, `[B]` float32."""
-    at = model.exits[str(layer)]
-    odds: Tensor = at.router.decide(at.norm(here.x), here.batch, here.tokens)
-    return odds
+    at = _exit(model, layer)
+    assert at.router is not None, "the exits' config has checked it"
+    return at.router.decide(at.norm(here.x), here.batch, here.tokens)
 
 
 def final_logits(model: TaskModel | MaskedLM, here: Remainder) -> Tensor:
@@ -132,6 +132,12 @@ def logits_of_nothing(model: TaskModel | MaskedLM, here: Remainder, rows: int) -
     """What the model's own head makes of rows that are nobody's, `[rows, C]`: as `forward` has it."""
     states = here.x.new_zeros(0 if isinstance(model, TaskModel) else rows, model.config.width)
     return _apply(model, model.head, states, to_device(pack_lengths([0] * rows), states.device))
+
+
+def _exit(model: TaskModel | MaskedLM, layer: int) -> TaskExit | MaskedLMExit:
+    found = model.exits[str(layer)]
+    assert isinstance(found, TaskExit | MaskedLMExit)
+    return found
 
 
 def _apply(model: TaskModel | MaskedLM, head: nn.Module, states: Tensor, batch: PackedBatch) -> Tensor:
