@@ -13,20 +13,25 @@ from training.data.errors import DataError
 from training.predictor import Predictor, load_predictor
 
 
-def evaluate_file(model: Path, data: str, tokens: int, overrides: Sequence[str]) -> dict[str, float]:
+def evaluate_file(
+    model: Path, data: str, tokens: int, overrides: Sequence[str], exit_threshold: float | None = None
+) -> dict[str, float]:
     """The task's metrics on a labelled file.
 
     Args:
         tokens: that are computed at a time, at most.
         overrides: of how rows are read.
+        exit_threshold: as of `load_predictor`.
 
     Raises:
         UserError: for a model or a file that can't be used.
     """
-    return _predictor(model, tokens, overrides).evaluate(data)
+    return _predictor(model, tokens, overrides, exit_threshold).evaluate(data)
 
 
-def predict_file(model: Path, data: Path, out: Path, tokens: int, overrides: Sequence[str]) -> int:
+def predict_file(
+    model: Path, data: Path, out: Path, tokens: int, overrides: Sequence[str], exit_threshold: float | None = None
+) -> int:
     """Write each line of a JSONL file with a `prediction` more, in their order; whole or not at all.
 
     Reads and answers a window of rows at a time, so a file may be of any size.
@@ -37,7 +42,7 @@ def predict_file(model: Path, data: Path, out: Path, tokens: int, overrides: Seq
     Raises:
         UserError: as `evaluate_file`, naming the line for one that isn't a JSON object; if `out` can't be written.
     """
-    predictor = _predictor(model, tokens, overrides)
+    predictor = _predictor(model, tokens, overrides, exit_threshold)
     waiting: list[dict[str, Any]] = []  # rows that were read ahead of their answers
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -62,10 +67,10 @@ def predict_file(model: Path, data: Path, out: Path, tokens: int, overrides: Seq
     return count
 
 
-def _predictor(model: Path, tokens: int, overrides: Sequence[str]) -> Predictor:
+def _predictor(model: Path, tokens: int, overrides: Sequence[str], exit_threshold: float | None) -> Predictor:
     if tokens < 1:
         raise UserError(f"--tokens is {tokens}; give 1 or more")
-    return load_predictor(model, overrides=overrides)._replace(micro_batch_tokens=tokens)
+    return load_predictor(model, overrides=overrides, exit_threshold=exit_threshold)._replace(micro_batch_tokens=tokens)
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--data", type=Path, required=True, help="JSON lines, a row each")
     predict.add_argument("--out", type=Path, required=True, help="the same lines with a `prediction` each")
     for command, function in ((evaluate, _evaluate), (predict, _predict)):
+        command.add_argument("--exit-threshold", type=float, metavar="X", help="in place of that of the model's exits")
         command.add_argument("--tokens", type=int, default=8192, help="tokens at a time, at most (default 8192)")
         command.add_argument(
             "overrides", nargs="*", metavar="a.b=value", help="how rows are read: task.text=sentence, max_length=256"
@@ -199,7 +200,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     from training.answers import evaluate_file
 
-    metrics = evaluate_file(options.model, options.data, options.tokens, options.overrides)
+    metrics = evaluate_file(options.model, options.data, options.tokens, options.overrides, options.exit_threshold)
     console = Console(soft_wrap=True)
     for name, value in metrics.items():
         console.print(f"{name:20}{value:.4f}")
@@ -211,7 +212,9 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _predict(options: argparse.Namespace) -> int:
     from training.answers import predict_file
 
-    count = predict_file(options.model, options.data, options.out, options.tokens, options.overrides)
+    count = predict_file(
+        options.model, options.data, options.out, options.tokens, options.overrides, options.exit_threshold
+    )
     print(f"{count:,} prediction(s): {options.out}")
     return 0
 

@@ -7,14 +7,18 @@ for answer in predict(["A text.", "Another one."]):
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from scipy.special import softmax
 from tokenizers import Tokenizer
 
 from moe.batch import to_device
+from moe.exits.config import CriterionConfig
+from moe.exits.inference import early_exit
 from moe.pretrained import task_from_pretrained
 from moe.tasks.config import ClassificationConfig, MultiLabelConfig, TaskConfig
 from moe.tasks.model import TaskModel
@@ -40,6 +44,7 @@ class Predictor(NamedTuple):
     model: TaskModel
     tokenizer: Tokenizer
     reading: Reading
+    criterion: CriterionConfig | None = None  # of its exits; None: every layer is run
     micro_batch_tokens: int = MICRO_BATCH_TOKENS
 
     def __call__(self, rows: Iterable[Row]) -> list[Prediction]:
@@ -73,10 +78,12 @@ class Predictor(NamedTuple):
             name=name,
         )
         for encoded, batches in windows:
-            yield from described(self.model.task, self.reading.task, encoded, outputs_of(self.model, batches))
+            found = outputs_of(self.model, batches, self.criterion).outputs
+            yield from described(self.model.task, self.reading.task, encoded, found)
 
     def evaluate(self, file: str, cache_dir: str | None = None) -> dict[str, float]:
-        """The task's metrics on a labelled file: JSON lines, CSV, TSV or parquet.
+        """The task's metrics on a labelled file: JSON lines, CSV, TSV or parquet. And of a model with exits, the mean
+        number of `layers` that a sequence went through.
 
         Raises:
             DataError: for a label that the model doesn't know, and for whatever can't be read.
@@ -86,17 +93,28 @@ class Predictor(NamedTuple):
             train=examples, task=self.reading.task, max_length=self.reading.max_length, cache_dir=cache_dir
         )
         encoded = prepare_examples(examples, data, self.model.task, self.tokenizer)
-        return measured(self.model, encoded, self.reading.task, self.micro_batch_tokens)
+        return measured(self.model, encoded, self.reading.task, self.micro_batch_tokens, self.criterion)
+
+
+class Answered(NamedTuple):
+    """What a model said of every item, and how many layers each of its sequences went through."""
+
+    outputs: Outputs
+    layers: list[int]
 
 
 def load_predictor(
-    folder: str | Path, device: str | torch.device | None = None, overrides: Sequence[str] = ()
+    folder: str | Path,
+    device: str | torch.device | None = None,
+    overrides: Sequence[str] = (),
+    exit_threshold: float | None = None,
 ) -> Predictor:
     """Read a fine-tuned model's folder.
 
     Args:
         device: default: a GPU if there is one.
         overrides: of how text is read, such as `task.text=sentence` or `max_length=256`.
+        exit_threshold: in place of that of the model's criterion.
 
     Raises:
         UserError: for a folder without a whole fine-tuned model or its tokenizer, or an invalid override.
@@ -104,27 +122,46 @@ def load_predictor(
     model = task_from_pretrained(folder)
     reading = load_reading(Path(folder), model.task, model.config, list(overrides))
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Predictor(model.to(where).eval(), read_tokenizer(Path(folder)), reading)
+    criterion = _criterion(model, exit_threshold)
+    return Predictor(model.to(where).eval(), read_tokenizer(Path(folder)), reading, criterion)
 
 
 @torch.no_grad()
-def outputs_of(model: TaskModel, batches: Iterable[TaskBatch]) -> Outputs:
-    """What a model in evaluation mode says of every item."""
+def outputs_of(model: TaskModel, batches: Iterable[TaskBatch], criterion: CriterionConfig | None = None) -> Answered:
+    """Run a model in evaluation mode; with a criterion, sequences leave at its exits."""
     device = next(model.parameters()).device
     found: Outputs = {}
+    layers: list[int] = []
     for batch in batches:
-        output = model(
-            batch.input_ids.to(device), batch=to_device(batch.batch, device), segment_ids=batch.segment_ids.to(device)
+        ids, where, segments = (
+            batch.input_ids.to(device),
+            to_device(batch.batch, device),
+            batch.segment_ids.to(device),
         )
-        found |= item_outputs(batch, output.logits, model.task)
-    return found
+        if criterion is None:
+            logits = model(ids, batch=where, segment_ids=segments).logits
+            layers += [model.config.depth] * len(batch.rows)
+        else:
+            early = early_exit(model, ids, batch=where, segment_ids=segments, criterion=criterion)
+            logits = early.logits
+            layers += (early.exit_layer + 1).tolist()
+        found |= item_outputs(batch, logits, model.task)
+    return Answered(found, layers)
 
 
-def measured(model: TaskModel, data: Encoded, spec: TaskSpec, micro_batch_tokens: int) -> dict[str, float]:
-    """A model's metrics on a labelled set."""
+def measured(
+    model: TaskModel,
+    data: Encoded,
+    spec: TaskSpec,
+    micro_batch_tokens: int,
+    criterion: CriterionConfig | None = None,
+) -> dict[str, float]:
+    """A model's metrics on a labelled set; with a criterion also the mean number of layers."""
     batches = evaluation_batches(data.items, model.task, spec, micro_batch_tokens=micro_batch_tokens)
-    answers = predictions(model.task, spec, data, outputs_of(model, batches))
-    return task_metrics(model.task, answers, references(model.task, data))
+    found = outputs_of(model, batches, criterion)
+    answers = predictions(model.task, spec, data, found.outputs)
+    metrics = task_metrics(model.task, answers, references(model.task, data))
+    return metrics if criterion is None else metrics | {"layers": fmean(found.layers)}
 
 
 def described(task: TaskConfig, spec: TaskSpec, encoded: Encoded, outputs: Outputs) -> Iterator[Prediction]:
@@ -145,6 +182,22 @@ def described(task: TaskConfig, spec: TaskSpec, encoded: Encoded, outputs: Outpu
             name = "label" if isinstance(task, ClassificationConfig) else "labels"
             for row, answer in enumerate(answers):
                 yield {name: answer, "scores": label_scores(task, outputs[row])}
+
+
+def _criterion(model: TaskModel, threshold: float | None) -> CriterionConfig | None:
+    exits = model.config.exits
+    criterion = exits.criterion if exits else None
+    if threshold is None:
+        return criterion
+    if exits is None or criterion is None:
+        raise UserError(
+            "an exit threshold was given, but this model has no exits with a criterion; leave it out, or set "
+            "model.exits when fine-tuning"
+        )
+    try:
+        return type(criterion).model_validate({**dict(criterion), "threshold": threshold})
+    except ValidationError as error:
+        raise UserError(f"exit threshold {threshold:g}: {error.errors()[0]['msg']}") from error
 
 
 def _word_scores(first_tokens: Sequence[int], logits: np.ndarray) -> list[float | None]:

@@ -69,7 +69,8 @@ def save_seed(run: FinetuneConfig, seed: int, task: Task, trained: Trained, rank
     alike = routed_alike(model)
     model.to(ranks.device).eval()
     tokens = run.train.micro_batch_tokens
-    test = None if data.test is None else measured(model, data.test, run.data.task, tokens)
+    criterion = start.config.exits.criterion if start.config.exits else None
+    test = None if data.test is None else measured(model, data.test, run.data.task, tokens, criterion)
     routing = trained.best.evaluation.routing
     summary: Summary = {
         "seed": seed,
