@@ -258,7 +258,7 @@ def load_config(path: Path, overrides: list[str], kind: type[ConfigT]) -> Config
         raise UserError(describe_errors(error, data, str(path))) from error
 
 
-def describe_errors(error: ValidationError, data: dict[str, Any], source: str) -> str:
+def describe_errors(error: ValidationError, data: dict[str, Any], source: str, what: str = "run") -> str:
     """One line per mistake: its path as in the YAML, what is wrong, and what was given."""
     lines = []
     for problem in error.errors():
@@ -266,7 +266,7 @@ def describe_errors(error: ValidationError, data: dict[str, Any], source: str) -
         where = _yaml_path(problem["loc"], data, absent=problem["type"] == "missing")
         given = "" if isinstance(problem["input"], dict | Config) else f" (given: {problem['input']!r})"
         lines.append(f"  {where + ': ' if where else ''}{message}{_nearest_kind(problem.get('ctx', {}))}{given}")
-    return f"{source} is not a valid run:\n" + "\n".join(lines)
+    return f"{source} is not a valid {what}:\n" + "\n".join(lines)
 
 
 def _nearest_kind(context: dict[str, Any]) -> str:

@@ -44,13 +44,14 @@ def load_reading(folder: Path, task: TaskConfig, encoder: EncoderConfig, overrid
             raise UserError(f"{path} is not valid JSON: {error}") from error
     for override in overrides:
         apply_override(data, override)
+    kind = data["task"].get("kind", task.kind) if isinstance(data.get("task"), dict) else task.kind
+    if kind != task.kind:
+        raise UserError(f"{folder} holds a model for {task.kind}, but task.kind is {kind}; leave it out")
     try:
         reading = Reading.model_validate(data)
         refuse_longer_sequences(encoder, reading.max_length)
     except ValidationError as error:
-        raise UserError(describe_errors(error, data, str(path))) from error
+        raise UserError(describe_errors(error, data, str(path), "way to read rows")) from error
     except ValueError as error:
         raise UserError(str(error)) from error
-    if reading.task.kind != task.kind:
-        raise UserError(f"{folder} holds a model for {task.kind}, but task.kind is {reading.task.kind}; leave it out")
     return reading

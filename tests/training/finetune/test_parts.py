@@ -46,7 +46,6 @@ TASK = ClassificationConfig(labels=LABELS)
         ([0.1, 0.3, 0.2, 0.3, 0.1], True, 2, 3),  # the first of equals
         ([0.1, 0.2, 0.3], True, 3, 0),
         ([3.0, 2.0, 2.5, 1.0, 4.0], False, 4, 1),
-        ([float("nan"), 0.1], True, 1, 1),
         ([-0.5, -0.6], True, 1, 1),
     ],
 )
