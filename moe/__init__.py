@@ -2,11 +2,12 @@
 
 from moe.attention.from_softmax import routed_heads_from_softmax
 from moe.attention.pruning import prune_heads
-from moe.batch import PackedBatch, pack, pack_lengths, unpack
+from moe.batch import PackedBatch, pack, pack_lengths, select, unpack
 from moe.config import EncoderConfig
 from moe.encoder import Encoder, EncoderOutput
 from moe.heads import MaskedLM, MaskedLMOutput
-from moe.pretrained import from_pretrained, save_pretrained
+from moe.pretrained import from_pretrained, save_pretrained, task_from_pretrained
+from moe.tasks.model import TaskModel, TaskOutput, with_task
 
 __all__ = [
     "Encoder",
@@ -15,11 +16,16 @@ __all__ = [
     "MaskedLM",
     "MaskedLMOutput",
     "PackedBatch",
+    "TaskModel",
+    "TaskOutput",
     "from_pretrained",
     "pack",
     "pack_lengths",
     "prune_heads",
     "routed_heads_from_softmax",
     "save_pretrained",
+    "select",
+    "task_from_pretrained",
     "unpack",
+    "with_task",
 ]

@@ -11,7 +11,7 @@ from moe.experts.config import ExpertsConfig
 from moe.experts.layer import MoEFeedForward
 from moe.feed_forward import DenseConfig, FeedForward, GroupedDenseConfig, GroupedFeedForward
 from moe.memory import MemoryConfig, ProductKeyMemory
-from moe.norms import NormConfig, PreNormConfig, build_norm
+from moe.norms import PRE_NORM, NormConfig, build_norm
 from routing import Router
 from routing.types import RoutingStats, Tokens
 
@@ -38,7 +38,7 @@ class EncoderBlock(nn.Module):
     feed_forward_norm: nn.Module
 
     def __init__(
-        self, config: BlockConfig, width: int, dropout: float, norm_eps: float, norm: NormConfig = PreNormConfig()
+        self, config: BlockConfig, width: int, dropout: float, norm_eps: float, norm: NormConfig = PRE_NORM
     ) -> None:
         super().__init__()
         self.norm_first = norm.kind == "pre"

@@ -11,10 +11,11 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from moe.attention.kinds import AttentionConfig
 from moe.attention.softmax import SoftmaxAttentionConfig
+from moe.exits.config import ExitsConfig
 from moe.experts.config import Backend, ExpertsConfig
 from moe.feed_forward import Activation, DenseConfig, GroupedDenseConfig
 from moe.memory import MemoryConfig
-from moe.norms import NormConfig, PostNormConfig, PreNormConfig
+from moe.norms import PRE_NORM, NormConfig, PostNormConfig, PreNormConfig
 from moe.positions.learned import LearnedPositionsConfig
 from routing.config import Config
 
@@ -100,8 +101,9 @@ class EncoderConfig(Config):
     embedding_width: int | None = Field(default=None, ge=1)  # projected to the model's; None: the model's itself
     segments: int = Field(default=0, ge=0)  # kinds of segments (token types), an added vector for each; 0: none
     positions: LearnedPositionsConfig | None = None  # added to the embeddings, beside what attention does itself
-    norm: NormConfig = PreNormConfig()
+    norm: NormConfig = PRE_NORM
     head_bias: bool = False  # of the masked-LM head's dense layer; its output layer has one anyway
+    exits: ExitsConfig | None = None  # layers behind which a model may answer early
     dropout: float = Field(default=0.0, ge=0, lt=1)  # of what each sublayer adds to the residual
     norm_eps: float = Field(default=1e-5, gt=0)
 
@@ -138,7 +140,11 @@ class EncoderConfig(Config):
             b.attention.flops_per_token(self.width, length) + b.feed_forward.flops_per_token(self.width)
             for b in self.blocks()
         )
-        return blocks + (2 * self.embedding_width * self.width if self.embedding_width else 0)
+        return blocks + self.projection_flops()
+
+    def projection_flops(self) -> int:
+        """Of one token's way from a narrower embedding to the model's width."""
+        return 2 * self.embedding_width * self.width if self.embedding_width else 0
 
     @property
     def table_width(self) -> int:
@@ -171,6 +177,8 @@ class EncoderConfig(Config):
                     f"overrides name layer {missing[0]}, but depth is {self.depth}: valid layers are "
                     f"0 to {self.depth - 1}"
                 )
+        if self.exits:
+            self.exits.check(self.depth)
         for layer, block in enumerate(self.blocks()):
             try:
                 block.attention.check(self.width)

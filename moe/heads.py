@@ -16,6 +16,7 @@ from routing import RoutingStats
 class MaskedLMOutput(NamedTuple):
     logits: Tensor  # [N, V]
     routing: dict[str, RoutingStats]
+    exits: dict[int, Tensor]  # by layer, its exit's logits [N, V]
 
 
 class MaskedLMHead(nn.Module):
@@ -41,14 +42,30 @@ class MaskedLMHead(nn.Module):
         return dense + (1 + config.norm.bias) * config.table_width + config.vocab_size
 
 
+class MaskedLMExit(nn.Module):
+    """A norm and a head of its own, on the states behind a layer."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps, bias=False)
+        self.head = MaskedLMHead(config)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """`[N, D]`, `[V, D]` -> logits `[N, V]`."""
+        out: Tensor = self.head(self.norm(x), embedding)
+        return out
+
+
 class MaskedLM(nn.Module):
-    """Encoder and masked-language-model head with tied embeddings."""
+    """Encoder and masked-language-model head with tied embeddings, and one exit for each layer in `config.exits`."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
         self.head = MaskedLMHead(config)
+        layers = config.exits.layers if config.exits else ()
+        self.exits = nn.ModuleDict({str(n): MaskedLMExit(config) for n in layers})
 
     def forward(
         self,
@@ -65,8 +82,12 @@ class MaskedLM(nn.Module):
             target_index: `[N]` int64, which positions of the flattened `input_ids` to predict, usually the
                 masked ones; logits are computed for those only. Default: all, N = `input_ids.numel()`.
         """
-        states, routing = self.encoder(input_ids, attention_mask, batch, segment_ids)
-        flat = states.reshape(-1, self.config.width)
-        if target_index is not None:
-            flat = flat.index_select(0, target_index)
-        return MaskedLMOutput(self.head(flat, self.encoder.embeddings.tokens.weight), routing)
+        states, routing, exits = self.encoder(input_ids, attention_mask, batch, segment_ids)
+        embedding = self.encoder.embeddings.tokens.weight
+
+        def predicted(x: Tensor) -> Tensor:
+            flat = x.reshape(-1, self.config.width)
+            return flat if target_index is None else flat.index_select(0, target_index)
+
+        early = {int(n): head(predicted(exits[int(n)]), embedding) for n, head in self.exits.items()}
+        return MaskedLMOutput(self.head(predicted(states), embedding), routing, early)

@@ -32,6 +32,7 @@ class PostNormConfig(Config):
 
 
 NormConfig = Annotated[PreNormConfig | PostNormConfig, Field(discriminator="kind")]
+PRE_NORM = PreNormConfig()
 
 
 def build_norm(width: int, eps: float, config: NormConfig) -> nn.LayerNorm:

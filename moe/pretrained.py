@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch import Tensor
 from moe.config import EncoderConfig
 from moe.files import whole_folder
 from moe.heads import MaskedLM
+from moe.tasks.config import TaskConfig
+from moe.tasks.model import TaskModel
 from routing.errors import UserError
 
 MODEL_TYPE = "routed-encoder"
@@ -22,7 +24,10 @@ CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json
 
 
 def save_pretrained(
-    model: MaskedLM, folder: str | Path, tokenizer: str | None = None, tensors: dict[str, Tensor] | None = None
+    model: MaskedLM | TaskModel,
+    folder: str | Path,
+    tokenizer: str | None = None,
+    tensors: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a model to a folder, whole or not at all; an older model there is replaced.
 
@@ -38,9 +43,11 @@ def save_pretrained(
     config = {
         "model_type": MODEL_TYPE,
         "format": FORMAT,
-        "architectures": ["MaskedLM"],
+        "architectures": [type(model).__name__],
         "encoder": model.config.model_dump(mode="json"),
     }
+    if isinstance(model, TaskModel):
+        config["task"] = model.task.model_dump(mode="json")
     state = model.state_dict() if tensors is None else tensors
     with whole_folder(Path(folder)) as staging:
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -50,19 +57,43 @@ def save_pretrained(
 
 
 def from_pretrained(folder: str | Path) -> MaskedLM:
-    """Read a model that `save_pretrained` wrote, in evaluation mode, on the CPU, in its saved dtypes.
+    """Read a masked language model that `save_pretrained` wrote, in evaluation mode, on the CPU, in its saved dtypes.
 
     Raises:
-        UserError: for a folder without a model, a broken file, or weights that don't fit the config.
+        UserError: for a folder without one, a broken file, or weights that don't fit the config.
     """
+    model = load_model(folder)
+    if not isinstance(model, MaskedLM):
+        raise UserError(
+            f"{folder} holds a model for {model.task.kind}, not a masked language model; read it with "
+            "moe.task_from_pretrained"
+        )
+    return model
+
+
+def task_from_pretrained(folder: str | Path) -> TaskModel:
+    """As `from_pretrained`, of a model that was fine-tuned for a task."""
+    model = load_model(folder)
+    if not isinstance(model, TaskModel):
+        raise UserError(
+            f"{folder} holds a masked language model, which does no task yet; fine-tune it with moe finetune, or read "
+            "it with moe.from_pretrained"
+        )
+    return model
+
+
+def load_model(folder: str | Path) -> MaskedLM | TaskModel:
+    """As `from_pretrained`, of whichever model the folder holds."""
     folder = Path(folder)
-    encoder = _read_config(folder / CONFIG)
-    model = MaskedLM(encoder)
+    encoder, task = _read_config(folder / CONFIG)
+    model = MaskedLM(encoder) if task is None else TaskModel(encoder, task)
     load_weights(model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS), keep_dtype=True)
     return model.eval()
 
 
-def load_weights(model: MaskedLM, tensors: Mapping[str, Tensor], source: str, keep_dtype: bool = False) -> None:
+def load_weights(
+    model: MaskedLM | TaskModel, tensors: Mapping[str, Tensor], source: str, keep_dtype: bool = False
+) -> None:
     """Give a model its tensors: copied into its own one at a time, or with `keep_dtype` in their place.
 
     Raises:
@@ -115,7 +146,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def _read_config(path: Path) -> EncoderConfig:
+def _read_config(path: Path) -> tuple[EncoderConfig, TaskConfig | None]:
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -131,6 +162,13 @@ def _read_config(path: Path) -> EncoderConfig:
     if config.get("format") != FORMAT:
         raise UserError(f"{path} has format {config.get('format')!r}; this version reads format {FORMAT}")
     try:
-        return EncoderConfig.model_validate(config.get("encoder"))
+        encoder = EncoderConfig.model_validate(config.get("encoder"))
     except ValidationError as error:
         raise UserError(f"{path} holds an invalid encoder config: {error}") from error
+    if "task" not in config:
+        return encoder, None
+    try:
+        task: TaskConfig = TypeAdapter(TaskConfig).validate_python(config["task"])
+    except ValidationError as error:
+        raise UserError(f"{path} holds an invalid task: {error}") from error
+    return encoder, task

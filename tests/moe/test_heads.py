@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from moe.batch import pack_lengths
 from moe.config import EncoderConfig
+from moe.exits.config import ExitsConfig
 from moe.heads import MaskedLM
 from tests.oracles import gradients, random_like
 
@@ -77,3 +78,13 @@ def test_the_embedding_is_one_parameter_with_both_gradients(model: MaskedLM, ids
     assert all(part.abs().max() > 0.01 for part in parts.values())
     tied = gradients(model(ids, MASK).logits, {"table": table}, upstream)["table"]
     assert_close(tied, parts["in"] + parts["out"], rtol=1e-4, atol=1e-5)
+
+
+def test_exits_are_heads_of_their_own_on_earlier_states(ids: Tensor) -> None:
+    model = MaskedLM(CONFIG.model_copy(update={"depth": 3, "exits": ExitsConfig(layers=(0, 1))}))
+    targets = torch.tensor([0, 5, 9])
+    output = model(ids, MASK, target_index=targets)
+    states = model.encoder(ids, MASK).exits[1].reshape(12, 16)[targets]
+    normed = F.layer_norm(states, (16,)) * model.exits["1"].norm.weight
+    assert_close(output.exits[1], model.exits["1"].head(normed, model.encoder.embeddings.tokens.weight))
+    assert list(output.exits) == [0, 1]
