@@ -6,6 +6,7 @@ from moe.batch import PackedBatch, pack, pack_lengths, select, unpack
 from moe.config import EncoderConfig
 from moe.encoder import Encoder, EncoderOutput
 from moe.heads import MaskedLM, MaskedLMOutput
+from moe.published.load import Published, from_published
 from moe.pretrained import from_pretrained, save_pretrained, task_from_pretrained
 from moe.tasks.model import TaskModel, TaskOutput, with_task
 
@@ -16,9 +17,11 @@ __all__ = [
     "MaskedLM",
     "MaskedLMOutput",
     "PackedBatch",
+    "Published",
     "TaskModel",
     "TaskOutput",
     "from_pretrained",
+    "from_published",
     "pack",
     "pack_lengths",
     "prune_heads",
