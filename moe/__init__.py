@@ -6,9 +6,10 @@ from moe.batch import PackedBatch, pack, pack_lengths, select, unpack
 from moe.config import EncoderConfig
 from moe.encoder import Encoder, EncoderOutput
 from moe.heads import MaskedLM, MaskedLMOutput
-from moe.published.load import Published, from_published
 from moe.pretrained import from_pretrained, save_pretrained, task_from_pretrained
+from moe.published.load import Published, from_published
 from moe.tasks.model import TaskModel, TaskOutput, with_task
+from moe.upcycling import UpcycleConfig, UpcycleHeadsConfig, difference, upcycle
 
 __all__ = [
     "Encoder",
@@ -20,6 +21,9 @@ __all__ = [
     "Published",
     "TaskModel",
     "TaskOutput",
+    "UpcycleConfig",
+    "UpcycleHeadsConfig",
+    "difference",
     "from_pretrained",
     "from_published",
     "pack",
@@ -30,5 +34,6 @@ __all__ = [
     "select",
     "task_from_pretrained",
     "unpack",
+    "upcycle",
     "with_task",
 ]

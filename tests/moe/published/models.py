@@ -98,4 +98,4 @@ def outputs(model: Any, name: str, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def off(found: Tensor, right: Tensor) -> float:
     """The largest difference, in parts of the largest number."""
-    return float((found - right).abs().max() / right.abs().max())
+    return float(((found - right).abs().max() / right.abs().max()).detach())
