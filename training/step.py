@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from moe.batch import to_device
+from moe.depth import Count
+from moe.encoder import Encoder
 from moe.heads import MaskedLMOutput
-from routing import RoutingStats, RoutingTotals, add_stats, updated_buffers
+from routing import RoutingStats, RoutingTotals, Tokens, add_stats, updated_buffers
 from training.config import ObjectiveConfig
 from training.data.packing import MaskedBatch
 from training.engine import Ranks, step_and_norm, sum_over_ranks
@@ -35,8 +37,8 @@ class StepCounts(NamedTuple):
 
     targets: Tensor
     tokens: Tensor
-    sequences: Tensor
     stops: Tensor  # ranks that were asked to stop
+    routed: dict[str, Count]  # what each router decides for: fewer tokens than there are in a block that some skip
 
 
 def train_step(
@@ -49,8 +51,9 @@ def train_step(
 ) -> StepResult:
     """Forward, backward and update on this rank's micro-batches of one step. Collective.
 
-    The whole step's targets, tokens and sequences are counted before the first forward, so that every share of the
-    loss is divided by them. What routers have besides parameters is updated once, from the whole step's statistics.
+    The whole step's targets, and what each router will decide for, are counted before the first forward, so that every
+    share of the loss is divided by them. What routers have besides parameters is updated once, from the whole step's
+    statistics.
 
     Args:
         batches: this rank's micro-batches; every rank has equally many.
@@ -60,8 +63,9 @@ def train_step(
         NonFiniteLoss: on all ranks. For a loss, before the parameters are touched; a gradient that overflows under a
             finite loss is known only after the update.
     """
-    counts = _count(batches, stop_requested, ranks)
-    routers = engine.module.encoder.routers()
+    encoder = engine.module.encoder
+    counts = _count(encoder, batches, stop_requested, ranks)
+    routers = encoder.routers()
     losses = {name: router.config.losses for name, router in routers.items()}
     step_totals = None
     if config.routing_totals == "step" and len(batches) > 1:
@@ -90,6 +94,8 @@ def train_step(
     for name, router in routers.items():
         for buffer, value in updated_buffers(router, stats[name], step):
             buffer.copy_(value)
+    if encoder.stochastic_depth is not None:
+        encoder.stochastic_depth.noise_state.copy_(encoder.stochastic_depth.updated())
     return StepResult(values, norm, int(counts.tokens), stats, bool(counts.stops))
 
 
@@ -126,24 +132,23 @@ def reduce_over_ranks(
     return values, {name: RoutingStats(*(next(restored) for _ in stats)) for name, stats in routing.items()}
 
 
-def _count(batches: Sequence[MaskedBatch], stop_requested: bool, ranks: Ranks) -> StepCounts:
-    mine = [
-        sum(len(b.targets) for b in batches),
-        sum(len(b.input_ids) for b in batches),
-        sum(len(b.sequences) for b in batches),
-        int(stop_requested),
-    ]
-    return StepCounts(*sum_over_ranks(torch.tensor(mine, device=ranks.device)).unbind())
+def _count(encoder: Encoder, batches: Sequence[MaskedBatch], stop_requested: bool, ranks: Ranks) -> StepCounts:
+    mine = [sum(len(b.targets) for b in batches), sum(len(b.input_ids) for b in batches), int(stop_requested)]
+    names = list(encoder.routers())
+    routed = [encoder.counts(Tokens(b.input_ids, b.batch.cu_seqlens)) for b in batches]
+    mine += [sum(int(n) for n in ns) for name in names for ns in zip(*(counts[name] for counts in routed), strict=True)]
+    targets, tokens, stops, *pairs = sum_over_ranks(torch.tensor(mine, device=ranks.device)).unbind()
+    return StepCounts(targets, tokens, stops, dict(zip(names, map(Count, pairs[::2], pairs[1::2]), strict=True)))
 
 
 def _totals(routing: Mapping[str, RoutingStats], counts: StepCounts) -> dict[str, RoutingTotals]:
-    """Each router's assignments and probabilities, summed over ranks in one message, beside the step's counts."""
+    """Each router's assignments and probabilities, summed over ranks in one message, beside its counts of the step."""
     if not routing:
         return {}
     fields = [torch.stack([stats.assigned.double(), stats.prob_sum.detach().double()]) for stats in routing.values()]
     pieces = sum_over_ranks(torch.cat(fields, dim=1)).split([field.shape[1] for field in fields], dim=1)
     return {
-        name: RoutingTotals(assigned.long(), prob_sum.float(), counts.tokens, counts.sequences)
+        name: RoutingTotals(assigned.long(), prob_sum.float(), *counts.routed[name])
         for name, (assigned, prob_sum) in zip(routing, pieces, strict=True)
     }
 
