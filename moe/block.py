@@ -68,7 +68,8 @@ class EncoderBlock(nn.Module):
 
     def routers(self) -> dict[str, Router]:
         """By what they route, as in `BlockOutput.routing`."""
-        layers: list[nn.Module | None] = [self.depth, self.attention, self.feed_forward]
+        layers: list[nn.Module] = [self.attention, self.feed_forward]
+        layers = layers if self.depth is None else [self.depth, *layers]
         sublayers = [layer for layer in layers if isinstance(layer, Routed)]
         return {layer.routes: layer.router for layer in sublayers if layer.router is not None}
 
