@@ -15,7 +15,7 @@ from torch import Tensor
 from moe.files import write_file
 from moe.heads import MaskedLM
 from moe.pretrained import TOKENIZER, load_weights, save_pretrained
-from routing import Learned, Measured, report
+from routing import Learned, Measured, TakeBest, report
 from routing.errors import UserError
 from training.checkpoint import Checkpoints
 from training.checkpoint_files import TrainState, some
@@ -231,8 +231,9 @@ def _warn_of_other_sizes(checkpoint: Checkpoint, sizes: Mapping[str, int], conso
 
 
 def _by_design(model: MaskedLM) -> set[str]:
-    """Routers that choose the same for all input, so that their load isn't to be balanced."""
-    return {name for name, router in model.encoder.routers().items() if isinstance(router, Learned | Measured)}
+    """Routers whose load isn't to be balanced: they choose the same for all input, or a fixed share of it."""
+    fixed = Learned | Measured | TakeBest
+    return {name for name, router in model.encoder.routers().items() if isinstance(router, fixed)}
 
 
 def _summary(state: TrainState, after: Evaluation, entropy: float, ranks: Ranks, by_design: set[str]) -> Summary:

@@ -165,7 +165,8 @@ def test_losses_are_means_over_the_tokens_that_their_router_decided_for(exact: d
     result = train_step(engine, batches, run.objective, ranks)
     assert len(batches) == 2
     tokens = {name: int(stats.tokens) for name, stats in result.routing.items()}
-    assert result.tokens > tokens["0.experts"] > tokens["1.depth"] > tokens["1.experts"] > 0
+    assert result.tokens > max(tokens["0.experts"], tokens["1.depth"])
+    assert min(tokens.values()) == tokens["1.experts"] > 0
     assert tokens["1.experts"] == result.routing["1.depth"].assigned[0]
     means = sum(float(stats.lse_sq_sum) / int(stats.tokens) for stats in result.routing.values())
     assert result.parts["z"] == pytest.approx(means, rel=1e-5)
