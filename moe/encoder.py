@@ -97,7 +97,7 @@ class Encoder(nn.Module):
         }
 
     def counts(self, tokens: Tokens) -> dict[str, Count]:
-        """How many tokens and sequences each router will decide for in training: known before forward.
+        """How many tokens and sequences each router will decide for, in the mode this is in: known before forward.
 
         It depends on the sequences alone: their lengths, and under stochastic depth their content and the step.
 
@@ -105,7 +105,8 @@ class Encoder(nn.Module):
             tokens: of a packed batch.
         """
         lengths = tokens.cu_seqlens.diff().long()
-        survive = None if self.stochastic_depth is None else self.stochastic_depth.survivors(tokens)
+        skips = self.stochastic_depth if self.training else None
+        survive = None if skips is None else skips.survivors(tokens)
         return {
             f"{layer}.{kind}": count
             for layer, block in enumerate(self.blocks)

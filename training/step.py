@@ -7,15 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe.batch import to_device
 from moe.depth import Count
 from moe.encoder import Encoder
-from moe.heads import MaskedLMOutput
 from routing import RoutingStats, RoutingTotals, Tokens, add_stats, updated_buffers
-from training.config import ObjectiveConfig
-from training.data.packing import MaskedBatch
 from training.engine import Ranks, step_and_norm, sum_over_ranks
-from training.objective import masked_lm_objective
+from training.objective import BatchT, Objective, OutputT, share_of_loss
 
 
 class NonFiniteLoss(RuntimeError):
@@ -33,9 +29,9 @@ class StepResult(NamedTuple):
 
 
 class StepCounts(NamedTuple):
-    """What a step holds, over all its micro-batches and ranks; each `[]` int64."""
+    """What a step holds, over all its micro-batches and ranks; each `[]` int64, but for the weight, float64."""
 
-    targets: Tensor
+    weight: Tensor  # of its targets
     tokens: Tensor
     stops: Tensor  # ranks that were asked to stop
     routed: dict[str, Count]  # what each router decides for: fewer tokens than there are in a block that some skip
@@ -43,8 +39,8 @@ class StepCounts(NamedTuple):
 
 def train_step(
     engine: Any,
-    batches: Sequence[MaskedBatch],
-    config: ObjectiveConfig,
+    batches: Sequence[BatchT],
+    objective: Objective[BatchT, OutputT],
     ranks: Ranks,
     step: int = 0,
     stop_requested: bool = False,
@@ -57,6 +53,7 @@ def train_step(
 
     Args:
         batches: this rank's micro-batches; every rank has equally many.
+        objective: what is minimised, besides the routers' own losses.
         step: 0-based, for coefficients that change.
 
     Raises:
@@ -64,21 +61,21 @@ def train_step(
             finite loss is known only after the update.
     """
     encoder = engine.module.encoder
-    counts = _count(encoder, batches, stop_requested, ranks)
+    counts = _count(encoder, batches, objective, stop_requested, ranks)
     routers = encoder.routers()
-    losses = {name: router.config.losses for name, router in routers.items()}
+    losses = {name: objective.routing_losses(router.config.losses) for name, router in routers.items()}
     step_totals = None
-    if config.routing_totals == "step" and len(batches) > 1:
-        step_totals = _totals(_route_only(engine, batches, ranks), counts)
+    if objective.routing_totals == "step" and len(batches) > 1:
+        step_totals = _totals(_route_only(engine, batches, objective, ranks), counts)
     parts: dict[str, Tensor] = {}
     routing: list[dict[str, RoutingStats]] = []
     for i, batch in enumerate(batches):
-        output = forward(engine, batch, ranks)
+        output = objective.forward(engine, batch, ranks.device)
         totals = step_totals or _totals(output.routing, counts)
-        targets = batch.targets.to(ranks.device)
-        loss, shares = masked_lm_objective(output, targets, counts.targets, losses, totals, step)
+        summed = objective.summed(output, batch, step)
+        loss, shares = share_of_loss(summed, output.routing, counts.weight, losses, totals, step)
         routing.append(sum_routing([output.routing]))
-        del output  # logits, and the graph of statistics that no loss uses, needn't outlast forward
+        del output, summed  # logits, and the graph of statistics that no loss uses, needn't outlast forward
         # The engine averages over ranks; the step's loss is the sum of the ranks' shares.
         engine.backward(loss * ranks.world, scale_wrt_gas=False)
         shares["total"] = loss.detach()
@@ -97,16 +94,6 @@ def train_step(
     if encoder.stochastic_depth is not None:
         encoder.stochastic_depth.noise_state.copy_(encoder.stochastic_depth.updated())
     return StepResult(values, norm, int(counts.tokens), stats, bool(counts.stops))
-
-
-def forward(engine: Any, batch: MaskedBatch, ranks: Ranks) -> MaskedLMOutput:
-    """Run the model on a packed micro-batch."""
-    output: MaskedLMOutput = engine(
-        batch.input_ids.to(ranks.device, non_blocking=True),
-        batch=to_device(batch.batch, ranks.device),
-        target_index=batch.target_index.to(ranks.device, non_blocking=True),
-    )
-    return output
 
 
 def sum_routing(routings: Sequence[Mapping[str, RoutingStats]]) -> dict[str, RoutingStats]:
@@ -132,13 +119,24 @@ def reduce_over_ranks(
     return values, {name: RoutingStats(*(next(restored) for _ in stats)) for name, stats in routing.items()}
 
 
-def _count(encoder: Encoder, batches: Sequence[MaskedBatch], stop_requested: bool, ranks: Ranks) -> StepCounts:
-    mine = [sum(len(b.targets) for b in batches), sum(len(b.input_ids) for b in batches), int(stop_requested)]
+def _count(
+    encoder: Encoder,
+    batches: Sequence[BatchT],
+    objective: Objective[BatchT, OutputT],
+    stop_requested: bool,
+    ranks: Ranks,
+) -> StepCounts:
+    mine = [
+        sum(objective.weight(b) for b in batches),
+        sum(len(b.input_ids) for b in batches),
+        int(stop_requested),
+    ]
     names = list(encoder.routers())
     routed = [encoder.counts(Tokens(b.input_ids, b.batch.cu_seqlens)) for b in batches]
     mine += [sum(int(n) for n in ns) for name in names for ns in zip(*(counts[name] for counts in routed), strict=True)]
-    targets, tokens, stops, *pairs = sum_over_ranks(torch.tensor(mine, device=ranks.device)).unbind()
-    return StepCounts(targets, tokens, stops, dict(zip(names, map(Count, pairs[::2], pairs[1::2]), strict=True)))
+    weight, *summed = sum_over_ranks(torch.tensor(mine, dtype=torch.float64, device=ranks.device)).unbind()
+    tokens, stops, *pairs = (count.long() for count in summed)
+    return StepCounts(weight, tokens, stops, dict(zip(names, map(Count, pairs[::2], pairs[1::2]), strict=True)))
 
 
 def _totals(routing: Mapping[str, RoutingStats], counts: StepCounts) -> dict[str, RoutingTotals]:
@@ -153,8 +151,10 @@ def _totals(routing: Mapping[str, RoutingStats], counts: StepCounts) -> dict[str
     }
 
 
-def _route_only(engine: Any, batches: Sequence[MaskedBatch], ranks: Ranks) -> dict[str, RoutingStats]:
+def _route_only(
+    engine: Any, batches: Sequence[BatchT], objective: Objective[BatchT, OutputT], ranks: Ranks
+) -> dict[str, RoutingStats]:
     """What the routers will choose in this step: its forward passes, made in advance with the same random numbers."""
     devices = [ranks.device] if ranks.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
-        return sum_routing([forward(engine, batch, ranks).routing for batch in batches])
+        return sum_routing([objective.forward(engine, batch, ranks.device).routing for batch in batches])

@@ -192,7 +192,7 @@ def test_what_routers_will_count_is_known_before_forward() -> None:
     assert list(known) == list(routing) == list(encoder.routers())
     assert [int(count.tokens) for count in known.values()] == [int(stats.tokens) for stats in routing.values()]
     assert len({int(count.tokens) for count in known.values()}) > 3
-    plain = encoder_of(stochastic_depth=None).counts(Tokens(ids, batch.cu_seqlens))
+    plain = encoder.eval().counts(Tokens(ids, batch.cu_seqlens))
     assert {name: tuple(map(int, count)) for name, count in plain.items() if name[0] == "1"} == {
         "1.depth": (21, 4),
         "1.heads": (12, 4),

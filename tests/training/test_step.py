@@ -13,6 +13,7 @@ from tests.training.conftest import run_ranks
 from tests.training.workers import assemble, record, record_routers
 from training.config import RunConfig
 from training.engine import start_processes
+from training.objective import MaskedLMObjective
 from training.step import train_step
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("alone")]
@@ -162,7 +163,7 @@ def test_losses_are_means_over_the_tokens_that_their_router_decided_for(exact: d
     run, ranks = RunConfig.model_validate(with_skipping(exact)), start_processes()
     engine, stream = assemble(run, ranks)
     batches = stream.next_step()
-    result = train_step(engine, batches, run.objective, ranks)
+    result = train_step(engine, batches, MaskedLMObjective(run.objective), ranks)
     assert len(batches) == 2
     tokens = {name: int(stats.tokens) for name, stats in result.routing.items()}
     assert result.tokens > max(tokens["0.experts"], tokens["1.depth"])
