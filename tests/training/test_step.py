@@ -134,18 +134,23 @@ def with_skipping(run: dict[str, Any], **losses: float) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("losses", "totals"), [({}, "micro_batch"), ({"balance": 1.0, "importance": 0.5}, "step")], ids=["", "balanced"]
+    ("losses", "totals", "cuts"),  # ZeRO stage, accumulation, expert-parallel size
+    [
+        ({}, "micro_batch", {1: ["0,1", "0,2"], 2: ["0,2"]}),
+        ({"balance": 1.0, "importance": 0.5}, "step", {1: ["0,1"], 2: ["3,2,2"]}),
+    ],
+    ids=["additive losses", "all losses"],
 )
 def test_where_tokens_and_sequences_skip_blocks_every_cut_gives_the_gradients_of_one_batch(
     losses: dict[str, float],
     totals: str,
+    cuts: dict[int, list[str]],
     exact: dict[str, Any],
     write_config: Callable[[dict[str, Any]], Path],
     tmp_path: Path,
 ) -> None:
     exact["objective"] = {"routing_totals": totals}
     config = str(write_config(with_skipping(exact, **losses)))
-    cuts = {1: ["0,1", "0,2"], 2: ["0,1", "3,2,2"]}  # ZeRO stage, accumulation, expert-parallel size
     for world, chosen in cuts.items():
         (tmp_path / str(world)).mkdir()
         run_on(world, record, config, str(tmp_path / str(world)), *chosen)
