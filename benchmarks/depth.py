@@ -1,9 +1,9 @@
 """Blocks that tokens or sequences skip: what a training step saves, against what its arithmetic says it could.
 
-Contenders are one encoder: plain; with mixture of depths in every second layer, at capacities 0.5 and 0.25; with
-stochastic depth rising to 0.2 and 0.5 (in training alone: at evaluation it is the plain encoder). All have the same
-sequences of equal length. A step is forward, the mean square of the states, and the gradients of all parameters,
-without a head or an optimizer.
+Contenders are one encoder: plain (`limit`: the others' arithmetic at its rate is the bound); with mixture of
+depths in every second layer, at capacities 0.5 and 0.25; with stochastic depth rising to 0.2 and 0.5 (in training
+alone: at evaluation it is the plain encoder). All have the same sequences of equal length. A step is forward, the mean
+square of the states, and the gradients of all parameters, without a head or an optimizer.
 
 `speedup` is the plain encoder's time over the contender's, `by FLOPs` the plain encoder's floating-point operations
 over the contender's (stochastic depth: expected ones), and `ratio_to_limit` the first over the second.
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import Row, arguments, device_in_use, interleaved_seconds, save, show
+from benchmarks.contenders import LIMIT
 from moe.batch import PackedBatch, pack_lengths, to_device
 from moe.config import EncoderConfig
 from moe.encoder import Encoder
 
-PLAIN, VOCABULARY = "plain", 8192
+VOCABULARY = 8192
 MODES = ("forward", "forward+backward")
 
 
@@ -31,7 +32,7 @@ def changes(layers: list[int]) -> dict[str, dict[str, Any]]:
         return {"overrides": [{"layers": layers, "depth": {"kind": "mixture_of_depths", "capacity": capacity}}]}
 
     return {
-        PLAIN: {},
+        LIMIT: {},
         "ours: mixture of depths 0.5": depths(0.5),
         "ours: mixture of depths 0.25": depths(0.25),
         "ours: stochastic depth 0.2": {"stochastic_depth": {"kind": "linear", "last": 0.2}},
@@ -85,7 +86,7 @@ def measure(made: dict[str, EncoderConfig], sequences: int, length: int, dtype: 
         seconds = interleaved_seconds(calls, rounds)
         flops = {name: expected_flops(made[name], length, training) for name in chosen}
         for name, taken in seconds.items():
-            speedup, limit = seconds[PLAIN] / taken, flops[PLAIN] / flops[name]
+            speedup, limit = seconds[LIMIT] / taken, flops[LIMIT] / flops[name]
             row: Row = {"case": f"B{sequences} L{length}", "dtype": dtype, "mode": mode, "contender": name}
             rows.append(row | {"speedup": speedup, "by FLOPs": limit, "ratio_to_limit": speedup / limit})
     return rows

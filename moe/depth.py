@@ -3,6 +3,7 @@
 R chosen tokens of all sequences.
 """
 
+from fractions import Fraction
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -35,8 +36,7 @@ class MixtureOfDepthsConfig(Config):
 
     def chosen(self, length: AnyLength) -> AnyLength:
         """How many of a sequence's tokens are taken: of a length, or of each of several."""
-        share = as_written(self.capacity)
-        return -(-length * share.numerator // share.denominator)
+        return _share_of(length, as_written(self.capacity))
 
     def num_params(self, width: int) -> int:
         return self.router.num_params(width)
@@ -44,6 +44,11 @@ class MixtureOfDepthsConfig(Config):
     def flops_per_token(self, width: int) -> int:
         """Of the router, which sees every token."""
         return self.router.flops_per_token(width)
+
+
+def _share_of(length: AnyLength, share: Fraction) -> AnyLength:
+    """Rounded up, in whole numbers."""
+    return -(-length * share.numerator // share.denominator)
 
 
 class Chosen(NamedTuple):
@@ -82,7 +87,7 @@ class MixtureOfDepths(nn.Module):
         bounds = torch.searchsorted(rows, batch.cu_seqlens.long()).to(torch.int32)
         fewer = batch._replace(
             cu_seqlens=bounds,
-            max_seqlen=self.config.chosen(batch.max_seqlen),
+            max_seqlen=_share_of(batch.max_seqlen, self.router.share),
             positions=batch.positions[rows],
             token_index=batch.token_index[rows],
         )
