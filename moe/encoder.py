@@ -9,14 +9,16 @@ from torch.utils.checkpoint import checkpoint
 from moe.batch import PackedBatch, pack, unpack
 from moe.block import EncoderBlock
 from moe.config import EncoderConfig
+from moe.depth import Count
 from moe.embeddings import Embeddings
 from moe.norms import PreNormConfig, build_norm
+from moe.stochastic_depth import StochasticDepth, on_survivors
 from routing import Router, RoutingStats, Tokens
 
 
 class EncoderOutput(NamedTuple):
     last_hidden_state: Tensor  # [B, L, D], zero at padding; [T, D] for packed input
-    routing: dict[str, RoutingStats]  # "3.experts", "3.heads", "3.splits": layer 3's routers
+    routing: dict[str, RoutingStats]  # "3.experts", "3.heads", "3.splits", "3.depth": layer 3's routers
     exits: dict[int, Tensor]  # states behind the layers that have an exit, not normed; shaped as the last ones
 
 
@@ -35,6 +37,8 @@ class Encoder(nn.Module):
             self.final_norm = build_norm(config.width, config.norm_eps, config.norm)
             if not config.norm.first:
                 self.blocks[0].attention_norm = nn.Identity()
+        drops = config.stochastic_depth
+        self.stochastic_depth = StochasticDepth(drops, config.depth) if drops else None
         self.recompute_blocks = False  # activation checkpointing: set by the trainer, not part of the model
 
     def forward(
@@ -81,7 +85,10 @@ class Encoder(nn.Module):
         tokens = Tokens(ids, batch.cu_seqlens)
         routing: dict[str, RoutingStats] = {}
         exits: dict[int, Tensor] = {}
-        for layer, block in enumerate(self.blocks):
+        skips = self.stochastic_depth if self.training else None
+        survivors = None if skips is None else skips(batch, tokens)
+        for layer, whole in enumerate(self.blocks):
+            block = whole if survivors is None else on_survivors(whole, survivors[layer])
             if self.recompute_blocks and torch.is_grad_enabled():
                 x, routed = checkpoint(block, x, batch, tokens, use_reentrant=False)
             else:
@@ -98,4 +105,22 @@ class Encoder(nn.Module):
             for layer, block in enumerate(self.blocks)
             if isinstance(block, EncoderBlock)
             for kind, router in block.routers().items()
+        }
+
+    def counts(self, tokens: Tokens) -> dict[str, Count]:
+        """How many tokens and sequences each router will decide for, in the mode this is in: known before forward.
+
+        It depends on the sequences alone: their lengths, and under stochastic depth their content and the step.
+
+        Args:
+            tokens: of a packed batch.
+        """
+        lengths = tokens.cu_seqlens.diff().long()
+        skips = self.stochastic_depth if self.training else None
+        survive = None if skips is None else skips.survivors(tokens)
+        return {
+            f"{layer}.{kind}": count
+            for layer, block in enumerate(self.blocks)
+            if isinstance(block, EncoderBlock)
+            for kind, count in block.counts(lengths if survive is None else lengths * survive[layer]).items()
         }
