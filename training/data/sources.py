@@ -117,12 +117,12 @@ def file_texts(config: FileCorpus, file: str, row: int = 0, step: int = 1) -> It
     """
     match config:
         case TextCorpus(document="line"):
-            yield from (text for _, text in _lines(file, row, step))
+            yield from (text for _, text in lines(file, row, step))
         case TextCorpus(document=document):
-            documents = _blocks(file) if document == "block" else iter(["\n".join(t for _, t in _lines(file))])
+            documents = _blocks(file) if document == "block" else iter(["\n".join(t for _, t in lines(file))])
             yield from islice(documents, row, None, step)
         case JsonlCorpus():
-            yield from (_json_text(line, f"{file}, line {n}", config.column) for n, line in _lines(file, row, step))
+            yield from (_json_text(line, f"{file}, line {n}", config.column) for n, line in lines(file, row, step))
         case ParquetCorpus():
             yield from _parquet_texts(file, config.column, row, step)
 
@@ -141,7 +141,7 @@ def matching(patterns: list[str]) -> list[str]:
     return list(files)
 
 
-def _lines(file: str, row: int = 0, step: int = 1) -> Iterator[tuple[int, str]]:
+def lines(file: str, row: int = 0, step: int = 1) -> Iterator[tuple[int, str]]:
     """(1-based number, text) of lines: without their ends, and the byte order mark that some editors write."""
     offset = 0
 
@@ -167,7 +167,7 @@ def _lines(file: str, row: int = 0, step: int = 1) -> Iterator[tuple[int, str]]:
 
 def _blocks(file: str) -> Iterator[str]:
     block: list[str] = []
-    for _, line in _lines(file):
+    for _, line in lines(file):
         if line.strip():
             block.append(line)
         elif block:
@@ -176,17 +176,21 @@ def _blocks(file: str) -> Iterator[str]:
     yield "\n".join(block)
 
 
-def _json_text(line: str, where: str, column: str) -> str:
-    if not line.strip():
-        return ""
+def json_object(line: str, where: str) -> dict[str, Any]:
+    """The object that a line of JSON spells; DataError unless it does."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where} isn't valid JSON: {error}; each line must be a JSON object") from None
     if not isinstance(row, dict):
-        raise DataError(
-            f"{where} is a JSON {type(row).__name__}; each line must be an object with the text under '{column}'"
-        )
+        raise DataError(f"{where} is a JSON {type(row).__name__}; each line must be a JSON object")
+    return row
+
+
+def _json_text(line: str, where: str, column: str) -> str:
+    if not line.strip():
+        return ""
+    row = json_object(line, where)
     check_column(list(row), column, where)
     return _text(row[column], column, where)
 

@@ -51,9 +51,9 @@ def test_a_second_run_finds_everything(config: TaskDataConfig, tokenizer: Tokeni
 
 def test_labels_of_other_sets_have_to_be_known(config: TaskDataConfig, tokenizer: Tokenizer, jsonl: Write) -> None:
     other = jsonl({"text": "a", "label": 1}, {"text": "b", "label": 2}, name="other.jsonl")
-    with pytest.raises(DataError, match=r"other\.jsonl, row 1: the label '2' isn't one of the task's 2: 0, 1"):
+    with pytest.raises(DataError, match=r"other\.jsonl, line 2: the label '2' isn't one of the task's 2: 0, 1"):
         prepare_task(config.model_copy(update={"held_out": other}), tokenizer)
-    with pytest.raises(DataError, match=r"other\.jsonl, row 1: the label '2'"):
+    with pytest.raises(DataError, match=r"other\.jsonl, line 2: the label '2'"):
         prepare_examples(other, config, ClassificationConfig(labels=("0", "1")), tokenizer)
     # A task's own order of labels counts.
     found = prepare_examples(other, config, ClassificationConfig(labels=("2", "1")), tokenizer)

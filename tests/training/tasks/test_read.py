@@ -36,7 +36,8 @@ def test_every_format_gives_the_same_examples(tmp_path: Path) -> None:
         found = read(tmp_path, str(tmp_path / name))
         assert found.column_names == ["text", "label", "where"]
         assert (found["text"][:], found["label"][:]) == (TEXTS, LABELS)
-        assert found["where"][:] == [f"{tmp_path / name}, row {n}" for n in range(3)]
+        places = [f"line {n + 1}" if name == "a.jsonl" else f"row {n}" for n in range(3)]
+        assert found["where"][:] == [f"{tmp_path / name}, {place}" for place in places]
 
 
 def test_files_follow_one_another(tmp_path: Path, jsonl: Write) -> None:
@@ -44,7 +45,18 @@ def test_files_follow_one_another(tmp_path: Path, jsonl: Write) -> None:
     jsonl({"text": "c", "label": "y"}, name="x2.jsonl")  # of another type
     found = read(tmp_path, str(tmp_path / "x*.jsonl"))
     assert found["label"][:] == ["1", "2", "y"]
-    assert found["where"][2] == f"{tmp_path}/x2.jsonl, row 0"
+    assert found["where"][2] == f"{tmp_path}/x2.jsonl, line 1"
+
+
+def test_what_looks_like_a_date_is_text(tmp_path: Path, jsonl: Write) -> None:
+    files = jsonl({"text": "2020-01-01", "label": "2021-02-02 10:00:00"}).files
+    (tmp_path / "a.csv").write_text("text,label\n2020-01-01,2021-02-02 10:00:00\n")
+    for file in (*files, str(tmp_path / "a.csv")):
+        assert read(tmp_path, file)[0] == {
+            "text": "2020-01-01",
+            "label": "2021-02-02 10:00:00",
+            "where": f"{file}, {'row 0' if file.endswith('csv') else 'line 1'}",
+        }
 
 
 def test_a_folder_whose_name_is_a_pattern(tmp_path: Path) -> None:
@@ -64,7 +76,7 @@ def test_a_changed_file_is_read_anew(tmp_path: Path, jsonl: Write) -> None:
 def test_texts_without_labels(tmp_path: Path, jsonl: Write) -> None:
     files = jsonl({"text": "a"}, {"text": "b"}).files
     assert read(tmp_path, *files, labelled=False).column_names == ["text", "where"]
-    with pytest.raises(DataError, match=r"train\.jsonl has no column 'label'; its columns are text"):
+    with pytest.raises(DataError, match=r"train\.jsonl, line 1 has no column 'label'; its columns are text"):
         read(tmp_path, *files)
 
 
@@ -104,10 +116,11 @@ def test_a_table_that_numbers_its_labels(tmp_path: Path) -> None:
         ),
         ("a.csv", "text,label\na\n", r"a\.csv, row 0: the column 'label' holds no label"),
         ("a.csv", "text;label\na;b\n", r"a\.csv has no column 'text'; its columns are text;label"),
-        ("a.jsonl", '{"text": "a", "label": 1}\n{"te', r"a\.jsonl can't be read: ArrowInvalid: JSON parse error"),
-        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": null}\n', r"a\.jsonl, row 1: the .* no label"),
-        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', r"a\.jsonl, row 1: the .* no label"),
-        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": 3, "label": 1}\n', r"a\.jsonl, row 1: .* holds int, not text"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"te', r"a\.jsonl, line 2 isn't valid JSON"),
+        ("a.jsonl", "[1]", r"a\.jsonl, line 1 is a JSON list; each line must be a JSON object"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n\n{"text": "b", "label": null}', r"a\.jsonl, line 3: the .* no label"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}', r"a\.jsonl, line 2 has no column 'label'"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": 3, "label": 1}', r"a\.jsonl, line 2: .* holds int, not text"),
         ("a.parquet", "nope", r"a\.parquet can't be read: ArrowInvalid"),
         ("a.xlsx", "x", r"a\.xlsx: the ending doesn't say how to read it; known ones are \.jsonl"),
     ],
