@@ -18,7 +18,8 @@ from pydantic import TypeAdapter
 
 from training.data.corpus import quiet
 from training.data.errors import DataError, data_errors
-from training.data.sources import json_object, lines, matching
+from training.data.lines import json_object, lines
+from training.data.sources import matching
 from training.tasks.config import ExampleFiles, ExampleHub, ExamplesConfig, TaskSpec
 from training.tasks.rows import check_columns, example_columns, example_features, records_to_examples, to_examples
 

@@ -105,7 +105,7 @@ def test_answers_to_questions(tokenizer: Tokenizer) -> None:
     outputs = {item: np.zeros((length, 2), dtype=np.float32) for item, length in enumerate(found.items["length"])}
     outputs[0][0] = 4  # the first window has no answer
     outputs[1][3, 0], outputs[1][4, 1], outputs[1][5, 1] = 2, 1, 5  # "d e f" is too long
-    outputs[2][0] = 1
+    outputs[2][0], outputs[2][3, 0] = 1, 1  # no answer beats "b"
     assert predictions(task, spec, found, outputs) == ["e f", ""]
     outputs[1][5, 1] = 0
     assert predictions(task, spec, found, outputs) == ["d e", ""]
