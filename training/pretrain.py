@@ -232,9 +232,10 @@ def _warn_of_other_sizes(checkpoint: Checkpoint, sizes: Mapping[str, int], conso
 
 
 def _by_design(model: MaskedLM) -> set[str]:
-    """Routers whose load isn't to be balanced: they choose the same for all input, or a fixed share of it."""
+    """Routers whose load isn't to be balanced: the same choices or shares for all input, or exits."""
     fixed = Learned | Measured | TakeBest
-    return {name for name, router in model.encoder.routers().items() if isinstance(router, fixed)}
+    exits = {f"{layer}.exit" for layer in model.exits}
+    return exits | {name for name, router in model.encoder.routers().items() if isinstance(router, fixed)}
 
 
 def _summary(state: TrainState, after: Evaluation, entropy: float, ranks: Ranks, by_design: set[str]) -> Summary:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from moe.depth import Count
-from moe.encoder import Encoder
+from moe.heads import MaskedLM
+from moe.tasks.model import TaskModel
 from routing import RoutingStats, RoutingTotals, Tokens, add_stats, updated_buffers
 from training.engine import Ranks, step_and_norm, sum_over_ranks
 from training.objective import BatchT, Objective, OutputT, share_of_loss
@@ -60,9 +61,9 @@ def train_step(
         NonFiniteLoss: on all ranks. For a loss, before the parameters are touched; a gradient that overflows under a
             finite loss is known only after the update.
     """
-    encoder = engine.module.encoder
-    counts = _count(encoder, batches, objective, stop_requested, ranks)
-    routers = encoder.routers()
+    model = engine.module
+    counts = _count(model, batches, objective, stop_requested, ranks)
+    routers = model.routers()
     losses = {name: objective.routing_losses(router.config.losses) for name, router in routers.items()}
     step_totals = None
     if objective.routing_totals == "step" and len(batches) > 1:
@@ -91,8 +92,9 @@ def train_step(
     for name, router in routers.items():
         for buffer, value in updated_buffers(router, stats[name], step):
             buffer.copy_(value)
-    if encoder.stochastic_depth is not None:
-        encoder.stochastic_depth.noise_state.copy_(encoder.stochastic_depth.updated())
+    skips = model.encoder.stochastic_depth
+    if skips is not None:
+        skips.noise_state.copy_(skips.updated())
     return StepResult(values, norm, int(counts.tokens), stats, bool(counts.stops))
 
 
@@ -120,7 +122,7 @@ def reduce_over_ranks(
 
 
 def _count(
-    encoder: Encoder,
+    model: MaskedLM | TaskModel,
     batches: Sequence[BatchT],
     objective: Objective[BatchT, OutputT],
     stop_requested: bool,
@@ -131,8 +133,8 @@ def _count(
         sum(len(b.input_ids) for b in batches),
         int(stop_requested),
     ]
-    names = list(encoder.routers())
-    routed = [encoder.counts(Tokens(b.input_ids, b.batch.cu_seqlens)) for b in batches]
+    names = list(model.routers())
+    routed = [model.counts(Tokens(b.input_ids, b.batch.cu_seqlens)) for b in batches]
     mine += [sum(int(n) for n in ns) for name in names for ns in zip(*(counts[name] for counts in routed), strict=True)]
     weight, *summed = sum_over_ranks(torch.tensor(mine, dtype=torch.float64, device=ranks.device)).unbind()
     tokens, stops, *pairs = (count.long() for count in summed)
