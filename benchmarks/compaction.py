@@ -4,9 +4,11 @@
 
 Equally many sequences leave behind each layer, in mixed order, as a substitute for the exits' heads has it: the real
 head runs, and then its answer is made sure or unsure. `speedup` is that over the same encoder without exits, `ideal`
-the layers it saves, and `share` one over the other. `never` is the time of asking every exit and leaving at none, over
-that of the encoder without exits. `decision` is the time of one exit, from the states to who stays, over a layer's: the
-exit's norm and head, the score, and reading it; `criterion` the same without norm and head.
+the layers it saves, and `share` one over the other; `bound` is the speed-up where the fewer sequences of each layer
+were packed beforehand and there are neither exits nor heads: what smaller batches allow. `never` is the time of asking
+every exit and leaving at none, over that of the encoder without exits. `decision` is the time of one exit, from the
+states to who stays, over a layer's: the exit's norm and head, the score, and reading it; `criterion alone` the same
+without norm and head.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import Row, arguments, at_least_one, device_in_use, interleaved_seconds, show
-from moe.batch import PackedBatch, pack_lengths, to_device
+from moe.batch import PackedBatch, pack_lengths, select, to_device
 from moe.config import EncoderConfig
 from moe.exits.config import CriterionConfig, EntropyConfig, LearnedExitConfig, MaxProbabilityConfig, PatienceConfig
 from moe.exits.criteria import ExitSays, score
@@ -23,6 +25,7 @@ from moe.exits.inference import early_exit, listen
 from moe.exits.remainder import begin
 from moe.tasks.config import ClassificationConfig, TaskConfig, TokenClassificationConfig
 from moe.tasks.model import TaskModel
+from routing import Tokens
 
 BATCHES = (1, 8, 32, 128)
 CRITERIA = (MaxProbabilityConfig(), EntropyConfig(), PatienceConfig(), LearnedExitConfig())
@@ -64,6 +67,11 @@ def leaving(batch: int, depth: int) -> Tensor:
     return spread[torch.randperm(batch, generator=torch.Generator().manual_seed(0))]
 
 
+def shorter(batch: PackedBatch, ids: Tensor, stay: Tensor) -> tuple[PackedBatch, Tokens]:
+    there, rows = select(batch, stay.nonzero().squeeze(1).tolist())
+    return there, Tokens(ids[rows], there.cu_seqlens)
+
+
 @torch.inference_mode()
 def measure_compaction(options: argparse.Namespace, sequences: int) -> Row:
     """One batch size: sequences that leave one by one, and sequences that could but don't."""
@@ -78,8 +86,17 @@ def measure_compaction(options: argparse.Namespace, sequences: int) -> Row:
     left = early_exit(prescribed, ids, batch=batch, criterion=sure).exit_layer
     assert torch.equal(left, last), "the sequences leave as prescribed"
     assert (early_exit(exits, ids, batch=batch, criterion=never).exit_layer == options.depth - 1).all()
+    beforehand = [shorter(batch, ids, last >= layer) for layer in range(options.depth)]
+
+    def bound() -> None:
+        """Batches that were packed before."""
+        x = plain.encoder.embed(ids, batch)
+        for layer, (there, tokens) in enumerate(beforehand):
+            plain.encoder.run_block(layer, x[: len(tokens.ids)], there, tokens)
+
     seconds = interleaved_seconds(
         {
+            "bound": bound,
             "plain": lambda: plain(ids, batch=batch),
             "leaving": lambda: early_exit(prescribed, ids, batch=batch, criterion=sure),
             "never": lambda: early_exit(exits, ids, batch=batch, criterion=never),
@@ -92,6 +109,7 @@ def measure_compaction(options: argparse.Namespace, sequences: int) -> Row:
         "batch": sequences,
         "speedup": speedup,
         "ideal": ideal,
+        "bound": seconds["plain"] / seconds["bound"],
         "share": speedup / ideal,
         "never": seconds["never"] / seconds["plain"],
     }
@@ -106,11 +124,10 @@ def measure_decision(options: argparse.Namespace, task: TaskConfig, criterion: C
     here, _ = begin(model, ids, batch, None, None, in_grid=False)
     _, memory = score(criterion, task.kind, listen(model, criterion, 0, here, 1.0), batch)
 
-    def judge(says: ExitSays) -> list[int]:
+    def judge(says: ExitSays) -> list[bool]:
         scores, _ = score(criterion, task.kind, says, batch, memory, here.owner)
-        sure = scores >= 0.9
-        staying: list[int] = (~sure).nonzero().squeeze(1).tolist()
-        return staying
+        sure: list[bool] = (scores >= 0.9).tolist()
+        return sure
 
     says = listen(model, criterion, 1, here, 1.0)
     seconds = interleaved_seconds(

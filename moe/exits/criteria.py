@@ -106,7 +106,8 @@ def score(
             agreed = (memory.agreed + 1) * _least(same, owner, sequences)
             return agreed, Memory(said, owner, agreed)
         case _:
-            rows, owner = distributions(kind, logits.float() / exit_says.temperature, batch, owner)
+            scaled = logits.float() if exit_says.temperature == 1 else logits.float() / exit_says.temperature
+            rows, owner = distributions(kind, scaled, batch, owner)
             return _least(confidence(criterion, rows), owner, sequences), None
 
 

@@ -101,22 +101,22 @@ def early_exit(
         says = listen(model, criterion, layer, here, exits[layer].temperature)
         scores, memory = score(criterion, output_kind(model), says, here.batch, here.memory, here.owner)
         here = here._replace(memory=memory)
-        sure = scores >= exits[layer].threshold
-        staying = (~sure).nonzero().squeeze(1).tolist()  # not `scores < threshold`: what is NaN is no reason to leave
-        if budget is not None and len(staying) > (most := affordable(budget, count, spent, exits[layer].ahead)):
-            refused += (len(staying) - most) * (depth - 1 - layer)
-            staying = _least_sure(scores, staying, most)
-            sure = torch.ones_like(sure)
-            sure[staying] = False
-        if len(staying) == len(here.sequences):
+        sure: list[bool] = (scores >= exits[layer].threshold).tolist()  # not what is NaN
+        if budget is not None:
+            most = affordable(budget, count, spent, exits[layer].ahead)
+            refused += max(0, sure.count(False) - most) * (depth - 1 - layer)
+            sure = _all_but(most, scores.tolist(), sure)
+        if not any(sure):
             continue
-        exit_layer[here.sequences[sure]] = layer
-        theirs = sure[here.owner]
-        if says.logits is not None:
-            said.append((here.rows[theirs], says.logits[theirs]))
+        leaves = torch.tensor(sure, device=ids.device)
+        exit_layer[here.sequences[leaves]] = layer
+        if says.logits is None:
+            left = part_of(here, [b for b, leaving in enumerate(sure) if leaving])
+            said.append((left.rows, exit_logits(model, layer, left)))
         else:
-            leaving = part_of(here, sure.nonzero().squeeze(1).tolist())
-            said.append((leaving.rows, exit_logits(model, layer, leaving)))
+            theirs = leaves[here.owner]
+            said.append((here.rows[theirs], says.logits[theirs]))
+        staying = [b for b, leaving in enumerate(sure) if not leaving]
         if not staying:
             break
         here = part_of(here, staying)
@@ -148,10 +148,11 @@ def listen(
             return ExitSays(layer, exit_logits(model, layer, here), temperature=temperature)
 
 
-def _least_sure(scores: Tensor, staying: list[int], most: int) -> list[int]:
-    """The `most` of them with the lowest scores, ascending; of equal ones the first."""
-    values = scores.tolist()
-    return sorted(sorted(staying, key=lambda b: values[b])[:most])
+def _all_but(most: int, scores: list[float], sure: list[bool]) -> list[bool]:
+    """Who leaves if at most so many may stay: of those who aren't sure the least sure; of equals the first."""
+    unsure = [b for b, leaving in enumerate(sure) if not leaving]
+    staying = set(sorted(unsure, key=lambda b: scores[b])[:most])
+    return [b not in staying for b in range(len(sure))]
 
 
 def _in_order(said: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -60,13 +60,19 @@ def _shares(loads: Tensor) -> Tensor:
 
 
 def _chosen(encoder: Encoder, batch: TaskBatch) -> dict[str, Tensor]:
-    """By router `[T, E]` bool, which choices each token has."""
-    device = encoder.final_norm.weight.device
+    """By router `[T, E]` bool, which choices each token has: none in a block that it skips."""
+    device = next(encoder.parameters()).device
     with _heard(encoder.eval().routers()) as routings:
         encoder(
             batch.input_ids.to(device), batch=to_device(batch.batch, device), segment_ids=batch.segment_ids.to(device)
         )
-    return {name: _as_sets(routing) for name, routing in routings.items()}
+    sets = {name: _as_sets(routing) for name, routing in routings.items()}
+    for name, marks in sets.items():
+        depth = f"{name.split('.')[0]}.depth"
+        if depth in sets and name != depth:
+            computed = sets[depth][:, 0]
+            sets[name] = marks.new_zeros(len(computed), marks.shape[1]).masked_scatter(computed[:, None], marks)
+    return sets
 
 
 def _as_sets(routing: Routing) -> Tensor:

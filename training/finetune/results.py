@@ -24,7 +24,7 @@ from training.finetune.config import RESUMABLE, FinetuneConfig
 from training.finetune.drift import Drift, routing_drift
 from training.finetune.reading import Reading, save_reading
 from training.finetune.seed import Task, Trained
-from training.metrics import routed_alike, worst_balance
+from training.metrics import routed_by_design, worst_balance
 from training.predictor import measured
 from training.tasks.batches import evaluation_batches
 
@@ -66,7 +66,7 @@ def save_seed(run: FinetuneConfig, seed: int, task: Task, trained: Trained, rank
     start, data = task.start, task.data
     model = TaskModel(start.config, data.task)
     load_weights(model, trained.weights, "the best state")
-    alike = routed_alike(model)
+    by_design = routed_by_design(model)
     model.to(ranks.device).eval()
     tokens = run.train.micro_batch_tokens
     criterion = start.config.exits.criterion if start.config.exits else None
@@ -83,7 +83,7 @@ def save_seed(run: FinetuneConfig, seed: int, task: Task, trained: Trained, rank
         "metric": task.metric.name,
         "held_out": {LOSS.name: trained.best.evaluation.loss, **trained.best.metrics},
         "test": test,
-        "load_max_over_mean": worst_balance(routing, alike),
+        "load_max_over_mean": worst_balance(routing, by_design),
         "dropped_fraction": max((report(stats).dropped_fraction for stats in routing.values()), default=None),
         "drift": {name: found._asdict() for name, found in _drift(model, task, run).items()},
     }

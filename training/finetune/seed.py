@@ -23,7 +23,7 @@ from training.finetune.groups import freeze_routers, task_groups
 from training.finetune.objective import LOSS, TaskObjective
 from training.finetune.start import Start, build_model
 from training.loop import steps
-from training.metrics import RunLog, routed_alike
+from training.metrics import RunLog, routed_by_design
 from training.optimizer_state import on_main_rank, whole_parameters
 from training.schedule import learning_rate_factor
 from training.tasks.batches import TaskStream, accumulation_for
@@ -99,7 +99,7 @@ def train_seed(
     torch.manual_seed(seed)
     model = build_model(task.start, task.data.task)
     prepare_model(model, run)
-    alike = routed_alike(model)
+    by_design = routed_by_design(model)
     stream = task_stream(run, task, seed, ranks)
     max_steps = run.train.max_steps or max(1, round(run.train.epochs * _steps_per_epoch(run, task)))
     every = run.train.evaluate_every or stream.steps_per_epoch
@@ -109,7 +109,7 @@ def train_seed(
     log = None
     if ranks.is_main:
         folder = Path(run.run_dir) / "tensorboard" / f"seed-{seed}"
-        log = RunLog(folder, run.log.every, 0, max_steps, console, alike, LOSS)
+        log = RunLog(folder, run.log.every, 0, max_steps, console, by_design, LOSS)
     best, found, weights = Best(), None, {}
     tokens, seconds = 0, 0.0
 

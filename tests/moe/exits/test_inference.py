@@ -359,8 +359,8 @@ def test_refusals() -> None:
         early_exit(task_model("regression"), ids, batch=batch, criterion=MaxProbabilityConfig())
     with pytest.raises(ValueError, match="embedding has none; choose patience"):
         task_model("embedding", exits={"criterion": {"kind": "entropy"}})
+    plain = TaskModel(EncoderConfig(depth=1, width=16, block={"attention": {"heads": 2}}), task_config("embedding"))
     with pytest.raises(ValueError, match=r"no exits: set config\.exits"):
-        plain = TaskModel(EncoderConfig(depth=1, width=16, block={"attention": {"heads": 2}}), task_config("embedding"))
         early_exit(plain.eval(), ids, batch=batch, criterion=PatienceConfig())
     with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
         early_exit(task_model("classification").train(), ids, batch=batch)

@@ -191,6 +191,21 @@ def test_drift_counts_tokens_that_choose_otherwise_and_load_that_moved() -> None
     assert only_first.changed in [n / 9 for n in range(10)]
 
 
+def test_a_token_that_skips_a_block_has_no_choice_there() -> None:
+    torch.manual_seed(0)
+    config = EncoderConfig.model_validate({**ENCODER, "overrides": [{"layers": [1], "depth": {"capacity": 0.5}}]})
+    encoder, other = Encoder(config), Encoder(config)
+    batch = batch_of(torch.randint(64, (8,)), [8])
+    other.load_state_dict(encoder.state_dict())
+    assert not any(found.changed for found in routing_drift(encoder, other, [batch], 100).values())
+    with torch.no_grad():
+        other.get_parameter("blocks.1.depth.router.logits.weight").neg_()  # what was skipped is computed, and only that
+    found = routing_drift(encoder, other, [batch], 100)
+    assert found["1.depth"] == Drift(1.0, 0.0)
+    assert found["1.experts"].changed == 1.0
+    assert found["0.experts"] == Drift(0, 0)
+
+
 def experts_case(backend: str) -> tuple[Experts, torch.Tensor, Routing]:
     torch.manual_seed(0)
     config = {"kind": "experts", "count": 4, "width": 512, "backend": backend}
