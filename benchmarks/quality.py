@@ -44,7 +44,7 @@ def runs_of(arms: Path, only: list[str] | None, data: Path, valid: Path, seed: i
     unknown = [name for name in names if name not in given]
     if unknown:
         raise UserError(f"{arms} has no arm {unknown[0]!r}; it has {', '.join(map(repr, given))}")
-    common = {"seed": seed, "data.corpus": _corpus(data), "data.held_out": _corpus(valid)}
+    common = {"seed": seed, "data.corpus": corpus_of(data), "data.held_out": corpus_of(valid)}
     return {
         name: load_run_config(
             HERE / "quality_base.yaml",
@@ -54,7 +54,7 @@ def runs_of(arms: Path, only: list[str] | None, data: Path, valid: Path, seed: i
     }
 
 
-def _corpus(path: Path) -> dict[str, Any]:
+def corpus_of(path: Path) -> dict[str, Any]:
     files = str(path / "*.txt") if path.is_dir() else str(path)
     if path.suffix == ".jsonl":
         return {"kind": "jsonl", "files": [files]}

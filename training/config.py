@@ -260,14 +260,14 @@ def overridden(data: dict[str, Any], overrides: list[str], kind: type[ConfigT], 
         UserError: as `load_config`.
     """
     for override in overrides:
-        _apply_override(data, override)
+        apply_override(data, override)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
         raise UserError(describe_errors(error, data, source)) from error
 
 
-def describe_errors(error: ValidationError, data: dict[str, Any], source: str) -> str:
+def describe_errors(error: ValidationError, data: dict[str, Any], source: str, what: str = "run") -> str:
     """One line per mistake: its path as in the YAML, what is wrong, and what was given."""
     lines = []
     for problem in error.errors():
@@ -275,7 +275,7 @@ def describe_errors(error: ValidationError, data: dict[str, Any], source: str) -
         where = _yaml_path(problem["loc"], data, absent=problem["type"] == "missing")
         given = "" if isinstance(problem["input"], dict | Config) else f" (given: {problem['input']!r})"
         lines.append(f"  {where + ': ' if where else ''}{message}{_nearest_kind(problem.get('ctx', {}))}{given}")
-    return f"{source} is not a valid run:\n" + "\n".join(lines)
+    return f"{source} is not a valid {what}:\n" + "\n".join(lines)
 
 
 def _nearest_kind(context: dict[str, Any]) -> str:
@@ -303,7 +303,12 @@ def _yaml_path(loc: tuple[int | str, ...], data: Any, absent: bool) -> str:
     return ".".join(path)
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set what `a.b=value` says in a YAML file's data.
+
+    Raises:
+        UserError: for one that is malformed, or doesn't fit the data.
+    """
     path, equals, value = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):

@@ -224,12 +224,17 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def parameter_groups(parameters: Iterable[nn.Parameter], config: AdamWConfig) -> list[dict[str, Any]]:
-    """Of those that are trained, matrices decay; norms, biases and other vectors don't."""
-    trained = [p for p in parameters if p.requires_grad]
-    # ZeRO-3 hides a partitioned parameter's shape, so ask for the whole one's.
-    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
-    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: AdamWConfig) -> list[dict[str, Any]]:
+    """Of those that are trained, matrices decay; norms, biases (also of stacked experts and heads) and other vectors
+    don't."""
+
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        # ZeRO-3 hides a partitioned parameter's shape, so ask for the whole one's.
+        return len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and not name.endswith("bias")
+
+    trained = {name: p for name, p in named if p.requires_grad}
+    matrices = [p for name, p in trained.items() if decays(name, p)]
+    vectors = [p for name, p in trained.items() if not decays(name, p)]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay, "name": "decay"},
         {"params": vectors, "weight_decay": 0.0, "name": "no_decay"},
@@ -301,7 +306,7 @@ def build_engine(
     if run.parallel.expert > 1:
         _spread_experts(model, run.parallel.expert)
     model.to(ranks.device)
-    groups = grouped(model) if grouped else parameter_groups(model.parameters(), run.optimizer)
+    groups = grouped(model) if grouped else parameter_groups(model.named_parameters(), run.optimizer)
     if run.parallel.expert > 1:
         # Experts that are spread stand in groups of their own, because their partitions and reductions do.
         groups = split_params_into_different_moe_groups_for_optimizer(groups)

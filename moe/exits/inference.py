@@ -12,10 +12,18 @@ from torch import Tensor
 from moe.batch import PackedBatch, unpack
 from moe.encoder import packed_input
 from moe.exits.budget import Budget, affordable, updated_budget
-from moe.exits.config import CriterionConfig, FixedExitConfig, PatienceConfig
-from moe.exits.criteria import ExitSays, Memory, check_criterion, score
-from moe.exits.remainder import Remainder, begin, exit_output, final_logits, logits_of_nothing, output_kind, part_of
-from moe.exits.router import ExitOutput
+from moe.exits.config import CriterionConfig, FixedExitConfig, LearnedExitConfig, PatienceConfig
+from moe.exits.criteria import ExitSays, check_criterion, score
+from moe.exits.remainder import (
+    Remainder,
+    begin,
+    exit_decision,
+    exit_logits,
+    final_logits,
+    logits_of_nothing,
+    output_kind,
+    part_of,
+)
 from moe.exits.stats import ExitStats, exit_stats
 from moe.heads import MaskedLM
 from moe.tasks.heads import per_token
@@ -26,7 +34,7 @@ from routing import RoutingStats
 class EarlyOutput(NamedTuple):
     logits: Tensor  # as `TaskOutput.logits` or `MaskedLMOutput.logits`, in the order of the input
     exit_layer: Tensor  # [B] int64, the layer whose exit spoke, the last one's being the model's head; -1: nothing ran
-    routing: dict[str, RoutingStats]  # of the layers that were reached, and of what reached them
+    routing: dict[str, RoutingStats]  # of the layers that were reached, and of what reached them; not of exits
     stats: ExitStats
     budget: Budget | None  # after this batch
 
@@ -83,34 +91,40 @@ def early_exit(
     routing: dict[str, RoutingStats] = {}
     count, spent, refused = len(here.sequences), 0, 0
 
-    for layer in range(depth):
-        if len(here.sequences) == 0:
-            break
+    for layer in range(depth if count else 0):
         x, routed = model.encoder.run_block(layer, here.x, here.batch, here.tokens)
         here = here._replace(x=x)
         routing.update(routed)
         spent += len(here.sequences)
         if criterion is None or layer not in exits:
             continue
-        output, scores, memory = _ask(model, criterion, layer, here, exits[layer])
-        routing.update({} if output.routing is None else {f"{layer}.exit": output.routing})
+        says = listen(model, criterion, layer, here, exits[layer].temperature)
+        scores, memory = score(criterion, output_kind(model), says, here.batch, here.memory, here.owner)
         here = here._replace(memory=memory)
-        sure = scores >= exits[layer].threshold
-        staying = (~sure).nonzero().squeeze(1).tolist()  # not `scores < threshold`: what is NaN is no reason to leave
-        if budget is not None and len(staying) > (most := affordable(budget, count, spent, exits[layer].ahead)):
-            refused += (len(staying) - most) * (depth - 1 - layer)
-            staying = _least_sure(scores, staying, most)
-            sure = torch.ones_like(sure)
-            sure[staying] = False
-        if len(staying) < len(here.sequences):
-            exit_layer[here.sequences[sure]] = layer
-            theirs = sure[here.owner]
-            said.append((here.rows[theirs], output.logits[theirs]))
-            here = part_of(here, staying)
+        sure: list[bool] = (scores >= exits[layer].threshold).tolist()  # not what is NaN
+        if budget is not None:
+            most = affordable(budget, count, spent, exits[layer].ahead)
+            refused += max(0, sure.count(False) - most) * (depth - 1 - layer)
+            sure = _all_but(most, scores.tolist(), sure)
+        if not any(sure):
+            continue
+        leaves = torch.tensor(sure, device=ids.device)
+        exit_layer[here.sequences[leaves]] = layer
+        if says.logits is None:
+            left = part_of(here, [b for b, leaving in enumerate(sure) if leaving])
+            said.append((left.rows, exit_logits(model, layer, left)))
+        else:
+            theirs = leaves[here.owner]
+            said.append((here.rows[theirs], says.logits[theirs]))
+        staying = [b for b, leaving in enumerate(sure) if not leaving]
+        if not staying:
+            break
+        here = part_of(here, staying)
+    else:
+        if count:
+            exit_layer[here.sequences] = depth - 1
+            said.append((here.rows, final_logits(model, here)))
 
-    if len(here.sequences):
-        exit_layer[here.sequences] = depth - 1
-        said.append((here.rows, final_logits(model, here)))
     if len(nobodys) or not said:
         said.append((nobodys, logits_of_nothing(model, here, len(nobodys))))
     logits = _in_order(said)
@@ -121,20 +135,24 @@ def early_exit(
     return EarlyOutput(logits, exit_layer, routing, stats, after)
 
 
-def _ask(
-    model: TaskModel | MaskedLM, criterion: CriterionConfig, layer: int, here: Remainder, at: _Exit
-) -> tuple[ExitOutput, Tensor, Memory | None]:
-    """What an exit says, how sure it is of each sequence `[B]`, and what to remember of it."""
-    output = exit_output(model, layer, here)
-    says = ExitSays(layer, output.logits, output.stop, at.temperature)
-    scores, memory = score(criterion, output_kind(model), says, here.batch, here.memory, here.owner)
-    return output, scores, memory
+def listen(
+    model: TaskModel | MaskedLM, criterion: CriterionConfig, layer: int, here: Remainder, temperature: float
+) -> ExitSays:
+    """What the criterion has to know of an exit. Who needs no answers to be judged gives them when leaving."""
+    match criterion:
+        case FixedExitConfig():
+            return ExitSays(layer, None)
+        case LearnedExitConfig():
+            return ExitSays(layer, None, exit_decision(model, layer, here))
+        case _:
+            return ExitSays(layer, exit_logits(model, layer, here), temperature=temperature)
 
 
-def _least_sure(scores: Tensor, staying: list[int], most: int) -> list[int]:
-    """The `most` of them with the lowest scores, ascending; of equal ones the first."""
-    values = scores.tolist()
-    return sorted(sorted(staying, key=lambda b: values[b])[:most])
+def _all_but(most: int, scores: list[float], sure: list[bool]) -> list[bool]:
+    """Who leaves if at most so many may stay: of those who aren't sure the least sure; of equals the first."""
+    unsure = [b for b, leaving in enumerate(sure) if not leaving]
+    staying = set(sorted(unsure, key=lambda b: scores[b])[:most])
+    return [b not in staying for b in range(len(sure))]
 
 
 def _in_order(said: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe.batch import PackedBatch, pack_lengths, select, to_device
 from moe.exits.criteria import Memory, OutputKind
-from moe.exits.router import ExitOutput
-from moe.heads import MaskedLM, rows_in_grid
+from moe.heads import MaskedLM, MaskedLMExit, rows_in_grid
 from moe.tasks.heads import per_token
-from moe.tasks.model import TaskModel
+from moe.tasks.model import TaskExit, TaskModel
 from routing import Tokens
 from routing.sequences import sequence_of_token
 
@@ -109,35 +108,39 @@ def output_kind(model: TaskModel | MaskedLM) -> OutputKind:
     return model.task.kind if isinstance(model, TaskModel) else "masked_lm"
 
 
-def exit_output(model: TaskModel | MaskedLM, layer: int, here: Remainder) -> ExitOutput:
-    """What the exit behind a layer says, `[R, C]`, and its router."""
-    module = model.exits[str(layer)]
-    output: ExitOutput
-    if isinstance(model, TaskModel):
-        output = module(here.x, here.batch, here.tokens)
-    else:
-        predicted = here.x[here.targets]
-        output = module(here.x, predicted, here.batch, here.tokens, model.encoder.embeddings.tokens.weight)
-    return output
+def exit_logits(model: TaskModel | MaskedLM, layer: int, here: Remainder) -> Tensor:
+    """What the exit behind a layer says, `[R, C]`."""
+    at = _exit(model, layer)
+    states: Tensor = at.norm(here.x if here.targets is None else here.x[here.targets])
+    return _apply(model, at.head, states, here.batch)
+
+
+def exit_decision(model: TaskModel | MaskedLM, layer: int, here: Remainder) -> Tensor:
+    """Log-odds of stopping behind a layer, by the exit's router, `[B]` float32."""
+    at = _exit(model, layer)
+    assert at.router is not None, "the exits' config has checked it"
+    return at.router.decide(at.norm(here.x), here.batch, here.tokens)
 
 
 def final_logits(model: TaskModel | MaskedLM, here: Remainder) -> Tensor:
     """What the model's own head says behind the last layer, `[R, C]`."""
     states: Tensor = model.encoder.final_norm(here.x)
-    return _head(model, states if here.targets is None else states[here.targets], here.batch)
+    return _apply(model, model.head, states if here.targets is None else states[here.targets], here.batch)
 
 
 def logits_of_nothing(model: TaskModel | MaskedLM, here: Remainder, rows: int) -> Tensor:
     """What the model's own head makes of rows that are nobody's, `[rows, C]`: as `forward` has it."""
     states = here.x.new_zeros(0 if isinstance(model, TaskModel) else rows, model.config.width)
-    return _head(model, states, to_device(pack_lengths([0] * rows), states.device))
+    return _apply(model, model.head, states, to_device(pack_lengths([0] * rows), states.device))
 
 
-def _head(model: TaskModel | MaskedLM, states: Tensor, batch: PackedBatch) -> Tensor:
-    """States of all tokens, or of those to predict from -> `[R, C]`."""
-    logits: Tensor
-    if isinstance(model, TaskModel):
-        logits = model.head(states, batch)
-    else:
-        logits = model.head(states, model.encoder.embeddings.tokens.weight)
+def _exit(model: TaskModel | MaskedLM, layer: int) -> TaskExit | MaskedLMExit:
+    found = model.exits[str(layer)]
+    assert isinstance(found, TaskExit | MaskedLMExit)
+    return found
+
+
+def _apply(model: TaskModel | MaskedLM, head: nn.Module, states: Tensor, batch: PackedBatch) -> Tensor:
+    """Normed states of all tokens, or of those to predict from -> `[R, C]`."""
+    logits: Tensor = head(states, batch if isinstance(model, TaskModel) else model.encoder.embeddings.tokens.weight)
     return logits

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.batch import PackedBatch
+from moe.depth import Count, count_of
 from moe.exits.config import ExitRouterConfig
-from routing import Router, RoutingStats, Tokens, build_router, route
-from routing.sequences import sequence_of_token
+from routing import RoutingStats, TokenChoice, Tokens, route
+from routing.sequences import sequence_means, sequence_of_token
 
 STOP = 0  # the choices are to stop and to go on
 
@@ -30,22 +31,39 @@ class ExitRouter(nn.Module):
     state and doesn't know the length.
     """
 
-    router: Router
-
     def __init__(self, config: ExitRouterConfig, width: int) -> None:
         super().__init__()
         self.reads_length = config.reads_length
-        self.router = build_router(config.token_choice(), width + config.reads_length, 2)
+        self.router = TokenChoice(config.token_choice(), width + config.reads_length, 2)
 
     def forward(self, x: Tensor, batch: PackedBatch, tokens: Tokens) -> tuple[Tensor, RoutingStats]:
         """`[T, D]` normed states -> log-odds of stopping `[B]` float32, 0 for an empty sequence, and statistics."""
-        lengths = batch.cu_seqlens.diff()
         if self.reads_length:
-            log_lengths = lengths.clamp(min=1).log()[sequence_of_token(batch.cu_seqlens, x.shape[0])]
+            log_lengths = _log_lengths(batch)[sequence_of_token(batch.cu_seqlens, x.shape[0])]
             x = torch.cat([x.float(), log_lengths[:, None]], dim=1)
         routing, stats = route(self.router, x, tokens)
-        odds = routing.logits[:, STOP] - routing.logits[:, 1 - STOP]
-        return F.pad(odds, (0, 1))[batch.cu_seqlens[:-1].long()] * (lengths > 0), stats
+        first = batch.cu_seqlens[:-1].long()  # a sequence's tokens all have its logits
+        return F.pad(_odds(routing.logits), (0, 1))[first] * (batch.cu_seqlens.diff() > 0), stats
+
+    def decide(self, x: Tensor, batch: PackedBatch, tokens: Tokens) -> Tensor:
+        """As `forward`, to rounding, without statistics: for inference, where they would cost more than the decision.
+
+        Every sequence has at least one token.
+        """
+        means = sequence_means(x, batch.cu_seqlens)
+        if self.reads_length:
+            means = torch.cat([means, _log_lengths(batch)[:, None]], dim=1)
+        return _odds(self.router.logits(means, tokens, by_sequence=True))
+
+
+def _log_lengths(batch: PackedBatch) -> Tensor:
+    """`[B]` float32."""
+    return batch.cu_seqlens.diff().clamp(min=1).log()
+
+
+def _odds(logits: Tensor) -> Tensor:
+    """`[R, 2]` -> `[R]`."""
+    return logits[:, STOP] - logits[:, 1 - STOP]
 
 
 def by_layer(
@@ -59,7 +77,12 @@ def by_layer(
     )
 
 
-def exit_routers(exits: nn.ModuleDict) -> dict[str, Router]:
+def exit_routers(exits: nn.ModuleDict) -> dict[str, TokenChoice]:
     """The routers of a model's exits, under the names of their statistics."""
     found = {layer: getattr(module, "router", None) for layer, module in exits.items()}
     return {f"{layer}.exit": of_exit.router for layer, of_exit in found.items() if isinstance(of_exit, ExitRouter)}
+
+
+def exit_counts(exits: nn.ModuleDict, tokens: Tokens) -> dict[str, Count]:
+    """How much each of them decides for: as `Encoder.counts`."""
+    return dict.fromkeys(exit_routers(exits), count_of(tokens.cu_seqlens.diff().long()))

@@ -71,4 +71,4 @@ def exit_report(stats: ExitStats) -> ExitReport:
 
 def _mean_layers(histogram: Tensor) -> float:
     layers = torch.arange(len(histogram))
-    return float((histogram * layers).sum() / histogram.sum().clamp(min=1))
+    return int((histogram * layers).sum()) / max(1, int(histogram.sum()))

@@ -32,14 +32,14 @@ def task_groups(model: nn.Module, config: FinetuneConfig) -> list[dict[str, Any]
     assert isinstance(model, TaskModel)
     own = config.routing.router
     routers = {id(p) for router in model.encoder.routers().values() for p in router.parameters()}
-    factors: dict[float, list[nn.Parameter]] = {}
+    factors: dict[float, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         factor = rate_factor(name, model.config.depth, config.optimizer.layer_decay)
         if isinstance(own, RouterRate) and id(parameter) in routers:
             factor = own.lr / config.optimizer.lr
-        factors.setdefault(factor, []).append(parameter)
+        factors.setdefault(factor, []).append((name, parameter))
     return [
         group | {"lr_factor": factor, "name": f"{group['name']} x {factor:g}"}
-        for factor, parameters in sorted(factors.items())
-        for group in parameter_groups(parameters, config.optimizer)
+        for factor, named in sorted(factors.items())
+        for group in parameter_groups(named, config.optimizer)
     ]

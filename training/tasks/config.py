@@ -15,8 +15,8 @@ Dropout = Annotated[float, Field(ge=0, lt=1)]
 class ExampleFiles(Config):
     """Local files with an example in each row, or patterns of them.
 
-    The name's ending says how to read one: `.jsonl` and `.json` (an object per line), `.csv` (with a header), `.tsv`
-    (the same between tabs, where quotes are ordinary characters) or `.parquet`. Columns of CSV and TSV are text.
+    The name's ending says how to read one: `.jsonl` and `.json` (an object on each line), `.csv` (with a header),
+    `.tsv` (the same between tabs, where quotes are ordinary characters) or `.parquet`. Columns of CSV and TSV are text.
     """
 
     kind: Literal["files"] = "files"

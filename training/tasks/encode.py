@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from moe.tasks.config import TaskConfig
 from training.tasks.config import EmbeddingSpec, QuestionAnsweringSpec, TaskSpec, TokenClassificationSpec
 from training.tasks.items import question_windows, sentences, texts, texts_apart
-from training.tasks.rows import Columns, to_examples
+from training.tasks.rows import Columns, records_to_examples
 
 _SPEC: TypeAdapter[TaskSpec] = TypeAdapter(TaskSpec)
 _TASK: TypeAdapter[TaskConfig] = TypeAdapter(TaskConfig)
@@ -107,11 +107,7 @@ def encode_records(
         DataError: as `encode_examples`, and naming the row for a text that is missing or isn't one.
     """
     where = [f"{name}, row {first_row + n}" for n in range(len(records))]
-    columns: dict[str, list[Any]] = {}
-    for record, place in zip(records, where, strict=True):
-        example = to_examples({key: [value] for key, value in record.items()}, spec, [place], labelled=False)
-        for key, values in example.items():
-            columns.setdefault(key, []).extend(values)
+    columns = records_to_examples(records, spec, where, labelled=False)
     found = encode_batch(columns, range(len(records)), spec, task, tokenizer.to_str(), max_length)
     examples = Dataset.from_dict(columns)
     items = Dataset.from_dict(found, features=_features(task, False))

@@ -1,6 +1,13 @@
-"""Labelled examples from local files or the Hub, as a memory-mapped Dataset of `rows.example_features`."""
+"""Labelled examples from local files or the Hub, as a memory-mapped Dataset of `rows.example_features`.
+
+JSON is read line by line, as pre-training reads it: a reader that guesses columns' types would take the words of a
+column that holds nothing but dates for times, and name no line.
+"""
 
 import glob
+import os
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +18,19 @@ from pydantic import TypeAdapter
 
 from training.data.corpus import quiet
 from training.data.errors import DataError, data_errors
+from training.data.lines import json_object, lines
 from training.data.sources import matching
 from training.tasks.config import ExampleFiles, ExampleHub, ExamplesConfig, TaskSpec
-from training.tasks.rows import check_columns, example_columns, example_features, to_examples
+from training.tasks.rows import check_columns, example_columns, example_features, records_to_examples, to_examples
 
 _SPEC: TypeAdapter[TaskSpec] = TypeAdapter(TaskSpec)
+# Part of the cache's path: raise it when the examples that a file stands for change.
+CACHE_VERSION = 1
+_CHUNK = 1000
+_JSON = (".jsonl", ".json")
 _CSV_QUOTE_NONE = 3  # csv.QUOTE_NONE, as pandas wants it
 # How `datasets` reads a file: its builder, and the options of it.
 _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
     ".csv": ("csv", {}),
     ".tsv": ("csv", {"sep": "\t", "quoting": _CSV_QUOTE_NONE}),
     ".parquet": ("parquet", {}),
@@ -39,25 +49,74 @@ def read_examples(
         DataError: naming the file, and the row as far as known, for what is missing, unreadable or of a wrong type;
             or if `cache_dir` can't be written.
     """
-    cache = cache_dir / "examples"
+    cache = cache_dir / f"examples-v{CACHE_VERSION}"
     with data_errors(cache_dir), quiet():
         cache.mkdir(parents=True, exist_ok=True)
         if isinstance(config, ExampleHub):
-            tables = [(config.name, _load_hub(config, cache))]
-        else:
-            tables = [(file, _load_file(file, spec, cache, labelled)) for file in _files(config)]
-        return concatenate_datasets([_examples(table, name, spec, labelled, num_proc) for name, table in tables])
+            return _examples(_load_hub(config, cache), config.name, spec, labelled, num_proc)
+        parts = []
+        for file in _files(config):
+            if Path(file).suffix.lower() in _JSON:
+                parts.append(_load_json(file, spec, cache, labelled))
+            else:
+                parts.append(_examples(_load_table(file, spec, cache, labelled), file, spec, labelled, num_proc))
+        return concatenate_datasets(parts)
+
+
+def json_rows(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The object on each line that isn't blank, after where it stands.
+
+    Raises:
+        DataError: naming the line that isn't an object.
+    """
+    for number, line in lines(file):
+        if line.strip():
+            where = f"{file}, line {number}"
+            yield where, json_object(line, where)
 
 
 def _files(config: ExampleFiles) -> list[str]:
     files = matching(config.files)
     for file in files:
-        if Path(file).suffix.lower() not in _FORMATS:
-            raise DataError(f"{file}: the ending doesn't say how to read it; known ones are {', '.join(_FORMATS)}")
+        if Path(file).suffix.lower() not in [*_JSON, *_FORMATS]:
+            raise DataError(
+                f"{file}: the ending doesn't say how to read it; known ones are {', '.join([*_JSON, *_FORMATS])}"
+            )
     return files
 
 
-def _load_file(file: str, spec: TaskSpec, cache: Path, labelled: bool) -> Dataset:
+def _load_json(file: str, spec: TaskSpec, cache: Path, labelled: bool) -> Dataset:
+    try:
+        state = os.stat(file)
+    except OSError as error:
+        raise DataError(f"{file} can't be read: {error}") from None
+    return Dataset.from_generator(
+        _json_examples,
+        features=example_features(spec, labelled),
+        cache_dir=str(cache),
+        # Together they are the cache's key; JSON, since a model's hash isn't stable.
+        gen_kwargs={
+            "file": file,
+            "stamp": f"{state.st_size} {state.st_mtime_ns}",
+            "spec": spec.model_dump_json(),
+            "labelled": labelled,
+        },
+    )
+
+
+def _json_examples(file: str, stamp: str, spec: str, labelled: bool) -> Iterator[dict[str, Any]]:
+    rows = json_rows(file)
+    empty = True
+    while chunk := list(islice(rows, _CHUNK)):
+        empty = False
+        where, records = zip(*chunk, strict=True)
+        examples = records_to_examples(records, _SPEC.validate_json(spec), where, labelled)
+        yield from (dict(zip(examples, example, strict=True)) for example in zip(*examples.values(), strict=True))
+    if empty:
+        raise _empty(file)
+
+
+def _load_table(file: str, spec: TaskSpec, cache: Path, labelled: bool) -> Dataset:
     builder, options = _FORMATS[Path(file).suffix.lower()]
     if builder == "csv":  # "NA", "01" and "null" are texts; what is a number is known to the column's reader
         sources = [column.source for column in example_columns(spec, labelled).values()]

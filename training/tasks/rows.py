@@ -117,6 +117,16 @@ def to_examples(
     return examples | {"where": list(where)}
 
 
+def records_to_examples(
+    records: Sequence[Mapping[str, Any]], spec: TaskSpec, where: Sequence[str], labelled: bool = True
+) -> dict[str, list[Any]]:
+    """The same for rows that are given one by one, where each may lack a column."""
+    sources = [column.source for column in example_columns(spec, labelled).values()]
+    for record, place in _with(records, where):
+        check_columns(list(record), sources, place)
+    return to_examples({source: [record[source] for record in records] for source in sources}, spec, where, labelled)
+
+
 def check_columns(columns: Sequence[str], wanted: Sequence[str], where: str) -> None:
     """Raise DataError unless all `wanted` ones are there."""
     for column in wanted:

@@ -7,7 +7,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from moe.batch import PackedBatch, pack_lengths
+from moe.batch import pack_lengths
 from moe.config import EncoderConfig
 from moe.exits.config import CriterionConfig
 from moe.exits.criteria import exit_scores
@@ -44,13 +44,15 @@ def encoder_config(block: dict[str, Any] | None = None, exits: dict[str, Any] | 
 
 
 def task_config(kind: str) -> TaskConfig:
-    return TypeAdapter(TaskConfig).validate_python({"kind": kind, **TASKS[kind]})
+    task: TaskConfig = TypeAdapter(TaskConfig).validate_python({"kind": kind, **TASKS[kind]})
+    return task
 
 
 def criterion_config(kind: str, threshold: Any = None) -> CriterionConfig:
     """`threshold`: unless the criterion's own is to stay."""
-    config = {"kind": kind, **CRITERIA[kind], **({} if threshold is None else {"threshold": threshold})}
-    return TypeAdapter(CriterionConfig).validate_python(config)
+    given = {} if threshold is None else {"threshold": threshold}
+    criterion: CriterionConfig = TypeAdapter(CriterionConfig).validate_python({"kind": kind, **CRITERIA[kind], **given})
+    return criterion
 
 
 def opinionated(model: TaskModel | MaskedLM) -> TaskModel | MaskedLM:
@@ -114,5 +116,14 @@ def apart_from(values: list[float], share: float) -> float:
     raise AssertionError("unreachable: infinities are far from everything")
 
 
-def split(x: Tensor, batch: PackedBatch) -> list[Tensor]:
-    return list(x.split(batch.cu_seqlens.diff().tolist()))
+def sequences_of(lengths: list[int], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCABULARY, (length,), generator=generator) for length in lengths]
+
+
+def left_padded(sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Ids and mask `[B, L]`."""
+    longest = max(len(ids) for ids in sequences)
+    rows = [torch.cat([torch.full((longest - len(ids),), 7), ids]) for ids in sequences]
+    mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in sequences]
+    return torch.stack(rows), torch.tensor(mask)
