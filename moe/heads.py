@@ -8,9 +8,11 @@ from torch.nn import functional as F
 
 from moe.batch import PackedBatch
 from moe.config import EncoderConfig
+from moe.depth import Count
 from moe.encoder import Encoder, packed_input
 from moe.exits.config import ExitRouterConfig
-from moe.exits.router import ExitOutput, ExitRouter, by_layer, exit_routers
+from moe.exits.router import ExitOutput, ExitRouter, by_layer, exit_counts, exit_routers
+from moe.norms import build_norm
 from routing import Router, RoutingStats, Tokens
 
 
@@ -22,17 +24,26 @@ class MaskedLMOutput(NamedTuple):
 
 
 class MaskedLMHead(nn.Module):
-    """Dense, GELU, norm, then the token embedding as output layer (BERT, arXiv 1810.04805)."""
+    """Dense, GELU, norm, then the token embedding as output layer (BERT, arXiv 1810.04805).
+
+    Embeddings of their own width W (`embedding_width`) have the dense layer go there, as in ELECTRA's generator.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.width, config.width, bias=False)
-        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps, bias=False)
+        self.dense = nn.Linear(config.width, config.table_width, bias=config.head_bias)
+        self.norm = build_norm(config.table_width, config.norm_eps, config.norm)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """`[N, D]`, `[V, D]` -> logits `[N, V]`."""
+        """`[N, D]`, `[V, W]` -> logits `[N, V]`."""
         return F.linear(self.norm(F.gelu(self.dense(x))), embedding, self.bias)
+
+    @staticmethod
+    def num_params(config: EncoderConfig) -> int:
+        """Without the output layer's matrix, which is the embedding."""
+        dense = (config.width + config.head_bias) * config.table_width
+        return dense + (1 + config.norm.bias) * config.table_width + config.vocab_size
 
 
 class MaskedLMExit(nn.Module):
@@ -99,6 +110,10 @@ class MaskedLM(nn.Module):
     def routers(self) -> dict[str, Router]:
         """Every router, under the name of its statistics in `MaskedLMOutput.routing`."""
         return {**self.encoder.routers(), **exit_routers(self.exits)}
+
+    def counts(self, tokens: Tokens) -> dict[str, Count]:
+        """As `Encoder.counts`, of every router."""
+        return {**self.encoder.counts(tokens), **exit_counts(self.exits, tokens)}
 
 
 def rows_in_grid(batch: PackedBatch, index: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.batch import PackedBatch
+from moe.depth import Count, count_of
 from moe.exits.config import ExitRouterConfig
 from routing import RoutingStats, TokenChoice, Tokens, route
 from routing.sequences import sequence_means, sequence_of_token
@@ -80,3 +81,9 @@ def exit_routers(exits: nn.ModuleDict) -> dict[str, TokenChoice]:
     """The routers of a model's exits, under the names of their statistics."""
     found = {layer: getattr(module, "router", None) for layer, module in exits.items()}
     return {f"{layer}.exit": of_exit.router for layer, of_exit in found.items() if isinstance(of_exit, ExitRouter)}
+
+
+def exit_counts(exits: nn.ModuleDict, tokens: Tokens) -> dict[str, Count]:
+    """How much each of them decides for: all there is."""
+    lengths = tokens.cu_seqlens.diff().long()
+    return {name: count_of(lengths) for name in exit_routers(exits)}

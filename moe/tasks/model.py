@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 from moe.batch import PackedBatch, unpack
 from moe.config import EncoderConfig
+from moe.depth import Count
 from moe.encoder import Encoder, packed_input
 from moe.exits.config import ExitRouterConfig, ExitsConfig
 from moe.exits.criteria import check_criterion
-from moe.exits.router import ExitOutput, ExitRouter, by_layer, exit_routers
+from moe.exits.router import ExitOutput, ExitRouter, by_layer, exit_counts, exit_routers
 from moe.heads import MaskedLM
 from moe.tasks.config import TaskConfig
 from moe.tasks.heads import build_head, per_token
@@ -80,6 +81,10 @@ class TaskModel(nn.Module):
     def routers(self) -> dict[str, Router]:
         """Every router, under the name of its statistics in `TaskOutput.routing`."""
         return {**self.encoder.routers(), **exit_routers(self.exits)}
+
+    def counts(self, tokens: Tokens) -> dict[str, Count]:
+        """As `Encoder.counts`, of every router."""
+        return {**self.encoder.counts(tokens), **exit_counts(self.exits, tokens)}
 
 
 def with_task(model: MaskedLM | TaskModel, task: TaskConfig, exits: ExitsConfig | None = None) -> TaskModel:
