@@ -4,6 +4,7 @@ Shape legend in `routing/types.py`; B sequences, C labels.
 
 A frozen token's state is copied upward: the others go on attending to it. What is saved is its feed-forward, and all
 once its sequence is frozen; attention is computed for the whole sequence, and of a frozen token's it is thrown away.
+Routers of the feed-forward see live tokens alone, also where they choose for or within a sequence.
 Under mixture of depths, which chooses among all tokens, nothing is saved until the sequence leaves.
 """
 
