@@ -90,7 +90,7 @@ def measure_compaction(options: argparse.Namespace, sequences: int) -> Row:
 
     def bound() -> None:
         """Batches that were packed before."""
-        x = plain.encoder.embeddings(ids, batch)
+        x = plain.encoder.embed(ids, batch)
         for layer, (there, tokens) in enumerate(beforehand):
             plain.encoder.run_block(layer, x[: len(tokens.ids)], there, tokens)
 

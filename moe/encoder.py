@@ -68,29 +68,28 @@ class Encoder(nn.Module):
         return EncoderOutput(unpack(output.last_hidden_state, packed), output.routing, exits)
 
     def _encode(self, ids: Tensor, batch: PackedBatch, segment_ids: Tensor | None) -> EncoderOutput:
-        x = self.embeddings(ids, batch, segment_ids)
+        x = self.embed(ids, batch, segment_ids)
         tokens = Tokens(ids, batch.cu_seqlens)
         routing: dict[str, RoutingStats] = {}
         exits: dict[int, Tensor] = {}
         skips = self.stochastic_depth if self.training else None
         survivors = None if skips is None else skips(batch, tokens)
-        for layer in range(len(self.blocks)):
-            x, routed = self.run_block(layer, x, batch, tokens, None if survivors is None else survivors[layer])
+        for layer in range(self.config.depth):
+            x, routed = self.run_block(layer, x, batch, tokens, survivors and survivors[layer])
             routing.update(routed)
             if self.config.exits and layer in self.config.exits.layers:
                 exits[layer] = x
         return EncoderOutput(self.final_norm(x), routing, exits)
 
+    def embed(self, ids: Tensor, batch: PackedBatch, segment_ids: Tensor | None = None) -> Tensor:
+        """`[T]` int64 -> what the first block is given, `[T, D]`."""
+        return self.embeddings(ids, batch, segment_ids)
+
     def run_block(
         self, layer: int, x: Tensor, batch: PackedBatch, tokens: Tokens, survivors: Survivors | None = None
     ) -> BlockOutput:
-        """One block: `[T, D]` -> `[T, D]`, and statistics under the names that they have in `EncoderOutput.routing`.
-
-        Args:
-            survivors: the sequences that don't skip it, under stochastic depth; None: all.
-        """
-        whole = self.blocks[layer]
-        block = whole if survivors is None else on_survivors(whole, survivors)
+        """One block, for all sequences or for survivors; statistics under the names of `EncoderOutput.routing`."""
+        block = self.blocks[layer] if survivors is None else on_survivors(self.blocks[layer], survivors)
         if self.recompute_blocks and torch.is_grad_enabled():
             x, routed = checkpoint(block, x, batch, tokens, use_reentrant=False)
         else:

@@ -112,7 +112,7 @@ class MaskedLM(nn.Module):
         return {**self.encoder.routers(), **exit_routers(self.exits)}
 
     def counts(self, tokens: Tokens) -> dict[str, Count]:
-        """As `Encoder.counts`, of every router."""
+        """How many tokens and sequences each of them will decide for, as `Encoder.counts`."""
         return {**self.encoder.counts(tokens), **exit_counts(self.exits, tokens)}
 
 

@@ -232,7 +232,7 @@ def _warn_of_other_sizes(checkpoint: Checkpoint, sizes: Mapping[str, int], conso
 
 
 def _by_design(model: MaskedLM) -> set[str]:
-    """Routers whose load isn't to be balanced: they choose the same for all input, or a fixed share, or are exits'."""
+    """Routers whose load isn't to be balanced: the same choices or shares for all input, or exits."""
     fixed = Learned | Measured | TakeBest
     exits = {f"{layer}.exit" for layer in model.exits}
     return exits | {name for name, router in model.encoder.routers().items() if isinstance(router, fixed)}

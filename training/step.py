@@ -92,8 +92,9 @@ def train_step(
     for name, router in routers.items():
         for buffer, value in updated_buffers(router, stats[name], step):
             buffer.copy_(value)
-    if (depth := model.encoder.stochastic_depth) is not None:
-        depth.noise_state.copy_(depth.updated())
+    skips = model.encoder.stochastic_depth
+    if skips is not None:
+        skips.noise_state.copy_(skips.updated())
     return StepResult(values, norm, int(counts.tokens), stats, bool(counts.stops))
 
 

@@ -74,7 +74,7 @@ def begin(
     here = everything if len(speaking) == len(sequences) else part_of(everything, speaking)
     if segment_ids is not None and len(here.ids) < count:
         segment_ids = segment_ids[says[sequence_of_token(batch.cu_seqlens, count)]]
-    return here._replace(x=model.encoder.embeddings(here.ids, here.batch, segment_ids)), nobodys
+    return here._replace(x=model.encoder.embed(here.ids, here.batch, segment_ids)), nobodys
 
 
 def part_of(here: Remainder, kept: Sequence[int]) -> Remainder:

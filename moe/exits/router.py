@@ -84,6 +84,5 @@ def exit_routers(exits: nn.ModuleDict) -> dict[str, TokenChoice]:
 
 
 def exit_counts(exits: nn.ModuleDict, tokens: Tokens) -> dict[str, Count]:
-    """How much each of them decides for: all there is."""
-    lengths = tokens.cu_seqlens.diff().long()
-    return {name: count_of(lengths) for name in exit_routers(exits)}
+    """How much each of them decides for: as `Encoder.counts`."""
+    return dict.fromkeys(exit_routers(exits), count_of(tokens.cu_seqlens.diff().long()))

@@ -85,8 +85,9 @@ def test_without_routers_there_is_cross_entropy_alone() -> None:
 
 
 def test_a_share_without_targets_is_nothing() -> None:
-    routed = stats([0.0, 0.0], [0, 0], 0.0, 0)
-    empty = MaskedLMOutput(torch.zeros(0, 2, requires_grad=True), {"0.experts": routed}, {}, {})
+    empty = MaskedLMOutput(
+        torch.zeros(0, 2, requires_grad=True), {"0.experts": stats([0.0, 0.0], [0, 0], 0.0, 0)}, {}, {}
+    )
     none = torch.zeros(0, dtype=torch.int64)
     loss, parts = share(empty, none, 0, 0, {"0.experts": torch.zeros(2, dtype=torch.int64)})
     assert float(loss) == 0
