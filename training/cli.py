@@ -331,13 +331,6 @@ def _calibrate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _write_json(path: Path, value: object) -> None:
-    try:
-        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --json") from error
-
-
 def _launch(options: argparse.Namespace) -> int:
     from training.config import RunConfig, load_config
     from training.finetune.config import FinetuneConfig

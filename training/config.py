@@ -250,21 +250,12 @@ def load_config(path: Path, overrides: list[str], kind: type[ConfigT]) -> Config
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} holds {type(data).__name__}, not sections such as `model:` and `train:`")
-    return overridden(data, overrides, kind, str(path))
-
-
-def overridden(data: dict[str, Any], overrides: list[str], kind: type[ConfigT], source: str) -> ConfigT:
-    """Apply `a.b=value` overrides to a config's data, which changes it, and validate; `source` is what errors name.
-
-    Raises:
-        UserError: as `load_config`.
-    """
     for override in overrides:
         apply_override(data, override)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise UserError(describe_errors(error, data, source)) from error
+        raise UserError(describe_errors(error, data, str(path))) from error
 
 
 def describe_errors(error: ValidationError, data: dict[str, Any], source: str, what: str = "run") -> str:

@@ -11,10 +11,10 @@ from routing.errors import UserError
 from training.calibration.calibrate import Calibration, calibrate, suitable_criteria
 from training.calibration.outcomes import listen
 from training.calibration.thresholds import MaxDrop, Speedup
-from training.config import overridden
+from training.finetune.reading import load_reading
 from training.finetune.start import read_tokenizer
 from training.tasks.batches import evaluation_batches
-from training.tasks.config import TaskDataConfig, default_spec
+from training.tasks.config import ExampleFiles, TaskDataConfig
 from training.tasks.prepare import prepare_examples
 
 _MICRO_BATCH_TOKENS = 4096
@@ -50,7 +50,8 @@ def calibrate_folder(
         folder: as `save_pretrained` wrote it, with a tokenizer.
         files: of labelled examples, of which the model has seen none.
         kinds: of criteria to choose from; default: all that suit.
-        overrides: of `TaskDataConfig`, such as `task.label=tag` or `max_length=256`.
+        overrides: of how they are read, such as `task.label=tag` or `max_length=256`, where that is not as in
+            fine-tuning.
 
     Returns:
         The task's kind, and what was found.
@@ -60,12 +61,10 @@ def calibrate_folder(
     """
     model = task_from_pretrained(folder)
     task = model.task
-    data = {
-        "train": {"kind": "files", "files": [str(file) for file in files]},
-        "task": default_spec(task).model_dump(mode="json"),
-    }
-    config = overridden(data, list(overrides), TaskDataConfig, "what calibrate was told to read")
-    encoded = prepare_examples(config.train, config, task, read_tokenizer(folder))
+    reading = load_reading(folder, task, model.config, list(overrides))
+    examples = ExampleFiles(files=[str(file) for file in files])
+    config = TaskDataConfig(train=examples, task=reading.task, max_length=reading.max_length)
+    encoded = prepare_examples(examples, config, task, read_tokenizer(folder))
     choosing, judging = (
         listen(model, evaluation_batches(half, task, config.task, micro_batch_tokens=_MICRO_BATCH_TOKENS))
         for half in halves(encoded.items)
