@@ -1,0 +1,369 @@
+"""Routed encoders as transformers' models. Shape legend in `routing/types.py`; C outputs, V words.
+
+Modules and names of tensors are those of `MaskedLM` and `TaskModel`, so a folder serves both. Exits are left out: what
+transformers does with a model knows none.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from moe.batch import PackedBatch, pack, unpack
+from moe.embeddings import INIT_STD
+from moe.encoder import Encoder
+from moe.heads import MaskedLMHead
+from moe.huggingface.config import RoutedEncoderConfig
+from moe.huggingface.loss import (
+    auxiliary_loss,
+    classes_loss,
+    span_loss,
+    squared_loss,
+    step_share,
+    yes_or_no_loss,
+)
+from moe.huggingface.outputs import RoutedAnswer, RoutedEncoderOutput, RoutedPrediction
+from moe.pretrained import ARCHITECTURES
+from moe.tasks.config import MultiLabelConfig, RegressionConfig, TaskConfig
+from moe.tasks.heads import build_head
+from routing import RoutingStats
+from routing.errors import UserError
+
+Output = TypeVar("Output", bound=ModelOutput)
+
+# What may say, beside its name, where a folder is to be found.
+_WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+class Encoded(NamedTuple):
+    """What a head is given."""
+
+    states: Tensor  # [T, D]
+    batch: PackedBatch
+    about: dict[str, Any]  # the fields of `RoutedOutput`
+
+
+class RoutedEncoderPreTrained(PreTrainedModel):
+    """What all of them share: an encoder, how its input is read, how weights are made and saved."""
+
+    config_class = RoutedEncoderConfig
+    base_model_prefix = "encoder"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # Trainer: forward takes `num_items_in_batch`
+    _no_split_modules = ["EncoderBlock"]  # noqa: RUF012  (as transformers has it)
+
+    config: RoutedEncoderConfig
+
+    def __init__(self, config: RoutedEncoderConfig, task: TaskConfig | None) -> None:
+        config = deepcopy(config)  # the caller's may make several models
+        config.settle(task)
+        super().__init__(config)
+        self.encoder = Encoder(config.encoder_config())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does it. A head that was made for something else is left behind and a fresh one drawn.
+
+        Raises:
+            UserError: for a folder that lacks weights of the encoder, or whose config is invalid.
+        """
+        if pretrained_model_name_or_path is not None:
+            where = {name: kwargs[name] for name in _WHERE if name in kwargs}
+            folder, _ = RoutedEncoderConfig.get_config_dict(pretrained_model_name_or_path, **where)
+            task = folder.get("task")
+            if ARCHITECTURES.get(task["kind"] if task else None) != cls.__name__:
+                # Heads share names of tensors: those of the masked-LM head would fit into a classifier.
+                kwargs["key_mapping"] = {r"^head\.": "former_head.", **(kwargs.get("key_mapping") or {})}
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def init_weights(self) -> None:
+        """Modules draw their own weights as they are built; only what a folder lacks is drawn by `_init_weights`."""
+        self.tie_weights()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw what wasn't loaded: a head's, or embeddings of new words (BERT's scale)."""
+        lacks = [n for n, p in module.named_parameters(recurse=False) if not getattr(p, "_is_hf_initialized", False)]
+        if not lacks:
+            return
+        names = [name for name, own in self.encoder.named_modules() if own is module]
+        if names:
+            raise UserError(
+                f"the folder has no weights for {names[0]}.{lacks[0]} of the encoder, so it isn't a whole model, or "
+                "another one than its config says"
+            )
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "bias":
+                nn.init.zeros_(parameter)
+            elif isinstance(module, nn.LayerNorm):
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=INIT_STD)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
+    ) -> None:
+        if enable and every_n_layers != 1:
+            raise ValueError("every_n_layers isn't 1, but all layers are computed again or none is; leave it out")
+        self.encoder.recompute_blocks = enable
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        return self.encoder.recompute_blocks
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.embeddings.tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.encoder.embeddings.tokens = value
+
+    def get_output_embeddings(self) -> None:
+        """None: the head is given the input embeddings, so there is no second copy to tie."""
+        return
+
+    def task(self) -> TaskConfig | None:
+        """What the model does, with the labels that its config has now."""
+        return None
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers saves it; `moe.load_model` reads the folder too."""
+        self.config.settle(self.task())
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        output_hidden_states: bool | None,
+        output_attentions: bool | None,
+    ) -> Encoded:
+        """Pack, encode, and gather what every output has."""
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError(
+                "output_attentions can't be given: kernels never hold attention's weights, and not every mechanism has "
+                "them; leave it out"
+            )
+        if input_ids is None or input_ids.dim() != 2:
+            shape = None if input_ids is None else tuple(input_ids.shape)
+            raise ValueError(f"input_ids is {shape}; give [batch, length] token ids (inputs_embeds isn't taken)")
+        for name, given in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+            if given is not None and given.shape != input_ids.shape:
+                raise ValueError(f"input_ids has shape {tuple(input_ids.shape)} but {name} {tuple(given.shape)}")
+        batch = pack(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
+        segments = None if token_type_ids is None else token_type_ids.flatten()[batch.token_index]
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        with _recorded(self.encoder, bool(wanted)) as layers:
+            states, routing, _ = self.encoder(input_ids.flatten()[batch.token_index], batch=batch, segment_ids=segments)
+        about: dict[str, Any] = {"aux_loss": auxiliary_loss(routing, self.encoder.routers()).to(states.device)}
+        if wanted:
+            about["hidden_states"] = tuple(unpack(x, batch) for x in (*layers[:-1], states))
+        if not getattr(self, "_is_replica", False):  # gathering would set the replicas' sums side by side
+            about["router_stats"] = routing
+        return Encoded(states, batch, about)
+
+    def share(
+        self, loss: tuple[Tensor, Tensor], encoded: Encoded, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """The task's loss and, in training, the routers': see `moe.huggingface.loss`."""
+        return step_share(*loss, encoded.about["aux_loss"] if self.training else None, num_items_in_batch)
+
+    def given(self, output: Output, return_dict: bool | None) -> Output | tuple[Any, ...]:
+        wanted = self.config.return_dict if return_dict is None else return_dict
+        return output if wanted else output.to_tuple()
+
+
+@contextmanager
+def _recorded(encoder: Encoder, wanted: bool) -> Iterator[list[Tensor]]:
+    """While open, a list of what embeddings and layers return, `[T, D]` each."""
+    states: list[Tensor] = []
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        states.append(output if isinstance(output, Tensor) else output.x)
+
+    modules = [encoder.embeddings, *encoder.blocks] if wanted else []
+    hooks = [module.register_forward_hook(note) for module in modules]
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class RoutedEncoderModel(RoutedEncoderPreTrained):
+    """The encoder alone; its pooled states are those of the folder's embedding, or the mean's."""
+
+    def __init__(self, config: RoutedEncoderConfig) -> None:
+        super().__init__(config, config.embedding_task())
+        self.head = build_head(config.embedding_task(), config.hidden_size)  # nothing to learn
+        self.post_init()
+
+    def task(self) -> TaskConfig:
+        return self.config.embedding_task()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> RoutedEncoderOutput | tuple[Any, ...]:
+        """`[B, L]` ids, mask (1 = real token) and segments -> states and pooled states."""
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions)
+        output = RoutedEncoderOutput(
+            last_hidden_state=unpack(encoded.states, encoded.batch),
+            pooler_output=self.head(encoded.states, encoded.batch),
+            **encoded.about,
+        )
+        return self.given(output, return_dict)
+
+
+class RoutedEncoderForMaskedLM(RoutedEncoderPreTrained):
+    """Logits for every token, zero at padding."""
+
+    def __init__(self, config: RoutedEncoderConfig) -> None:
+        super().__init__(config, None)
+        self.head = MaskedLMHead(self.encoder.config)
+        self.post_init()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As transformers does it, and a bias of 0 for each new word."""
+        embeddings: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)
+        words = embeddings.num_embeddings
+        bias = self.head.bias
+        self.head.bias = nn.Parameter(F.pad(bias.detach(), (0, words - len(bias))), requires_grad=bias.requires_grad)
+        return embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> RoutedPrediction | tuple[Any, ...]:
+        """`labels [B, L]`: the token to predict, -100 where there is none."""
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions)
+        logits = unpack(self.head(encoded.states, self.encoder.embeddings.tokens.weight), encoded.batch)
+        loss = None if labels is None else self.share(classes_loss(logits, labels), encoded, num_items_in_batch)
+        return self.given(RoutedPrediction(loss=loss, logits=logits, **encoded.about), return_dict)
+
+
+class RoutedEncoderForSequenceClassification(RoutedEncoderPreTrained):
+    """One label, several labels or a number for a sequence, as `config.problem_type` says.
+
+    A regression's `logits` are the number itself: `mean + std` times the output that a folder's task names.
+    """
+
+    def __init__(self, config: RoutedEncoderConfig) -> None:
+        super().__init__(config, config.sequence_task())
+        self.head = build_head(config.sequence_task(), config.hidden_size)
+        self.post_init()
+
+    def task(self) -> TaskConfig:
+        return self.config.sequence_task()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> RoutedPrediction | tuple[Any, ...]:
+        """`labels`: `[B]` int64 for one label, `[B, C]` of 0 and 1 for several, `[B]` numbers for a regression.
+
+        Where `problem_type` isn't set, more than one output and labels that aren't integers mean several labels.
+        """
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions)
+        logits = self.head(encoded.states, encoded.batch)
+        if self.config.problem_type is None and labels is not None and self.config.num_labels > 1:
+            several = labels.is_floating_point()
+            self.config.problem_type = ("multi" if several else "single") + "_label_classification"
+        task = self.task()
+        if isinstance(task, RegressionConfig):
+            logits = task.mean + task.std * logits
+        loss = None
+        if labels is not None:
+            losses = {RegressionConfig: squared_loss, MultiLabelConfig: yes_or_no_loss}
+            summed = losses.get(type(task), classes_loss)(logits, labels)
+            loss = self.share(summed, encoded, num_items_in_batch)
+        return self.given(RoutedPrediction(loss=loss, logits=logits, **encoded.about), return_dict)
+
+
+class RoutedEncoderForTokenClassification(RoutedEncoderPreTrained):
+    """A label for each token; logits are zero at padding."""
+
+    def __init__(self, config: RoutedEncoderConfig) -> None:
+        super().__init__(config, config.token_task())
+        self.head = build_head(config.token_task(), config.hidden_size)
+        self.post_init()
+
+    def task(self) -> TaskConfig:
+        return self.config.token_task()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> RoutedPrediction | tuple[Any, ...]:
+        """`labels [B, L]` int64, -100 where there is none."""
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions)
+        logits = unpack(self.head(encoded.states, encoded.batch), encoded.batch)
+        loss = None if labels is None else self.share(classes_loss(logits, labels), encoded, num_items_in_batch)
+        return self.given(RoutedPrediction(loss=loss, logits=logits, **encoded.about), return_dict)
+
+
+class RoutedEncoderForQuestionAnswering(RoutedEncoderPreTrained):
+    """Where the answer begins and ends; padding can't be either."""
+
+    def __init__(self, config: RoutedEncoderConfig) -> None:
+        super().__init__(config, config.answer_task())
+        self.head = build_head(config.answer_task(), config.hidden_size)
+        self.post_init()
+
+    def task(self) -> TaskConfig:
+        return self.config.answer_task()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> RoutedAnswer | tuple[Any, ...]:
+        """`start_positions`, `end_positions`: `[B]` int64, columns of `input_ids`; an answer beyond them is no target."""
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions)
+        scores = self.head(encoded.states, encoded.batch)
+        padding = unpack(scores.new_ones(len(scores)), encoded.batch) == 0
+        grid = unpack(scores, encoded.batch).masked_fill(padding[:, :, None], torch.finfo(scores.dtype).min)
+        start, end = grid.unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.share(span_loss(start, end, start_positions, end_positions), encoded, num_items_in_batch)
+        return self.given(RoutedAnswer(loss=loss, start_logits=start, end_logits=end, **encoded.about), return_dict)
