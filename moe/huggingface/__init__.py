@@ -7,10 +7,8 @@ folder by itself. Needs the extra `hf`.
 
 from importlib.util import find_spec
 
-from routing.errors import UserError
-
 if find_spec("transformers") is None:
-    raise UserError("moe.huggingface needs transformers: pip install 'routed-encoder[hf]'")
+    raise ImportError("moe.huggingface needs transformers: pip install 'routed-encoder[hf]'")
 
 from transformers import (
     AutoConfig,

@@ -85,10 +85,11 @@ class RoutedEncoderConfig(PretrainedConfig):
         return int(self.encoder["depth"])
 
     @property
-    def max_position_embeddings(self) -> int | None:
-        """Where positions are learned, how many."""
-        positions = self.encoder["positions"]
-        return int(positions["max_length"]) if positions else None
+    def max_position_embeddings(self) -> int:
+        """Where positions are learned, how many; without them there is no bound, and no such attribute."""
+        if self.encoder["positions"] is None:
+            raise AttributeError("max_position_embeddings")
+        return int(self.encoder["positions"]["max_length"])
 
     def sequence_task(self) -> ClassificationConfig | MultiLabelConfig | RegressionConfig:
         """What `...ForSequenceClassification` predicts, from `problem_type` and `id2label` as transformers reads them.

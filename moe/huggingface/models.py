@@ -73,38 +73,37 @@ class RoutedEncoderPreTrained(PreTrainedModel):
         Raises:
             UserError: for a folder that lacks weights of the encoder, or whose config is invalid.
         """
-        if pretrained_model_name_or_path is not None:
-            where = {name: kwargs[name] for name in _WHERE if name in kwargs}
-            folder, _ = RoutedEncoderConfig.get_config_dict(pretrained_model_name_or_path, **where)
-            task = folder.get("task")
-            if ARCHITECTURES.get(task["kind"] if task else None) != cls.__name__:
-                # Heads share names of tensors: those of the masked-LM head would fit into a classifier.
-                kwargs["key_mapping"] = {r"^head\.": "former_head.", **(kwargs.get("key_mapping") or {})}
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if pretrained_model_name_or_path is None or _made_for(pretrained_model_name_or_path, kwargs) == cls.__name__:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        # Heads share names of tensors: the masked-LM head has one that may even fit into a classifier.
+        wants_told = kwargs.pop("output_loading_info", False)
+        lenient = kwargs.pop("ignore_mismatched_sizes", False)
+        given = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, told = super().from_pretrained(pretrained_model_name_or_path, *args, **given)
+        wrong = sorted(name for name, *_ in told["mismatched_keys"] if not name.startswith("head."))
+        if wrong and not lenient:
+            raise UserError(
+                f"{pretrained_model_name_or_path} does not fit the model's config: {wrong[0]} has another shape"
+            )
+        for module in model.head.modules():
+            _draw(module)
+        return (model, told) if wants_told else model
 
     def init_weights(self) -> None:
         """Modules draw their own weights as they are built; only what a folder lacks is drawn by `_init_weights`."""
         self.tie_weights()
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw what wasn't loaded: a head's, or embeddings of new words (BERT's scale)."""
+        """Draw what wasn't loaded: a head's, or embeddings of new words."""
         lacks = [n for n, p in module.named_parameters(recurse=False) if not getattr(p, "_is_hf_initialized", False)]
-        if not lacks:
-            return
-        names = [name for name, own in self.encoder.named_modules() if own is module]
+        names = [name for name, own in self.encoder.named_modules() if own is module] if lacks else []
         if names:
             raise UserError(
                 f"the folder has no weights for {names[0]}.{lacks[0]} of the encoder, so it isn't a whole model, or "
                 "another one than its config says"
             )
-        for name, parameter in module.named_parameters(recurse=False):
-            if name == "bias":
-                nn.init.zeros_(parameter)
-            elif isinstance(module, nn.LayerNorm):
-                nn.init.ones_(parameter)
-            else:
-                nn.init.normal_(parameter, std=INIT_STD)
+        if lacks:
+            _draw(module)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
@@ -177,6 +176,25 @@ class RoutedEncoderPreTrained(PreTrainedModel):
     def given(self, output: Output, return_dict: bool | None) -> Output | tuple[Any, ...]:
         wanted = self.config.return_dict if return_dict is None else return_dict
         return output if wanted else output.to_tuple()
+
+
+def _made_for(folder: Any, kwargs: dict[str, Any]) -> str:
+    """The class whose head a folder has."""
+    where = {name: kwargs[name] for name in _WHERE if name in kwargs}
+    task = RoutedEncoderConfig.get_config_dict(folder, **where)[0].get("task")
+    return ARCHITECTURES[task["kind"] if task else None]
+
+
+@torch.no_grad()
+def _draw(module: nn.Module) -> None:
+    """A module's own parameters at BERT's scale."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if name == "bias":
+            nn.init.zeros_(parameter)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(parameter)
+        else:
+            nn.init.normal_(parameter, std=INIT_STD)
 
 
 @contextmanager
