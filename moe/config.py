@@ -15,6 +15,7 @@ from moe.exits.config import ExitsConfig
 from moe.experts.config import Backend, ExpertsConfig
 from moe.feed_forward import Activation, DenseConfig, GroupedDenseConfig
 from moe.memory import MemoryConfig
+from moe.norms import PRE_NORM, NormConfig, PostNormConfig, PreNormConfig
 from moe.positions.learned import LearnedPositionsConfig
 from routing.config import Config
 
@@ -29,6 +30,9 @@ __all__ = [
     "FeedForwardConfig",
     "GroupedDenseConfig",
     "MemoryConfig",
+    "NormConfig",
+    "PostNormConfig",
+    "PreNormConfig",
     "SoftmaxAttentionConfig",
 ]
 
@@ -94,7 +98,11 @@ class EncoderConfig(Config):
     depth: int = Field(default=4, ge=1)
     block: BlockConfig = BlockConfig()
     overrides: tuple[BlockOverride, ...] = ()
+    embedding_width: int | None = Field(default=None, ge=1)  # projected to the model's; None: the model's itself
+    segments: int = Field(default=0, ge=0)  # kinds of segments (token types), an added vector for each; 0: none
     positions: LearnedPositionsConfig | None = None  # added to the embeddings, beside what attention does itself
+    norm: NormConfig = PRE_NORM
+    head_bias: bool = False  # of the masked-LM head's dense layer; its output layer has one anyway
     exits: ExitsConfig | None = None  # layers behind which a model may answer early
     dropout: float = Field(default=0.0, ge=0, lt=1)  # of what each sublayer adds to the residual
     norm_eps: float = Field(default=1e-5, gt=0)
@@ -116,7 +124,7 @@ class EncoderConfig(Config):
     def num_params(self) -> int:
         """Parameters of `Encoder`; a head's come on top."""
         blocks = sum(b.attention.num_params(self.width) + b.feed_forward.num_params(self.width) for b in self.blocks())
-        return self._embeddings_and_norms() + blocks
+        return self.num_embedding_params() + self.num_norm_params() + blocks
 
     def num_active_params(self) -> int:
         """Parameters that one token meets: unchosen experts and values of a memory left out."""
@@ -124,19 +132,35 @@ class EncoderConfig(Config):
             b.attention.num_active_params(self.width) + b.feed_forward.num_active_params(self.width)
             for b in self.blocks()
         )
-        return self._embeddings_and_norms() + blocks
+        return self.num_embedding_params() + self.num_norm_params() + blocks
 
     def flops_per_token(self, length: int) -> float:
         """Forward FLOPs of one token in a sequence of `length` tokens; the embedding look-up costs none."""
-        return sum(
+        blocks = sum(
             b.attention.flops_per_token(self.width, length) + b.feed_forward.flops_per_token(self.width)
             for b in self.blocks()
         )
+        return blocks + self.projection_flops()
 
-    def _embeddings_and_norms(self) -> int:
-        norms = 2 + 2 * self.depth  # after the embedding, before each sublayer, before the head
-        positions = self.positions.num_params(self.width) if self.positions else 0
-        return (self.vocab_size + norms) * self.width + positions
+    def projection_flops(self) -> int:
+        """Of one token's way from a narrower embedding to the model's width."""
+        return 2 * self.embedding_width * self.width if self.embedding_width else 0
+
+    @property
+    def table_width(self) -> int:
+        """Columns of the tables of embeddings."""
+        return self.embedding_width or self.width
+
+    def num_embedding_params(self) -> int:
+        """Of the tables, and of the projection behind a narrower width."""
+        positions = self.positions.num_params(self.table_width) if self.positions else 0
+        projection = (self.embedding_width + 1) * self.width if self.embedding_width else 0
+        return (self.vocab_size + self.segments) * self.table_width + positions + projection
+
+    def num_norm_params(self) -> int:
+        """Of the embeddings' norm, which is as wide as they are, and all others."""
+        width = self.table_width + (self.norm.count(self.depth) - 1) * self.width
+        return (1 + self.norm.bias) * width
 
     @model_validator(mode="after")
     def _fits_together(self) -> "EncoderConfig":

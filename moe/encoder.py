@@ -10,6 +10,7 @@ from moe.batch import PackedBatch, pack, unpack
 from moe.block import EncoderBlock
 from moe.config import EncoderConfig
 from moe.embeddings import Embeddings
+from moe.norms import PreNormConfig, build_norm
 from routing import Router, RoutingStats, Tokens
 
 
@@ -25,11 +26,15 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embeddings = Embeddings(config.vocab_size, config.width, config.dropout, config.norm_eps, config.positions)
+        self.embeddings = Embeddings(config)
         self.blocks = nn.ModuleList(
-            EncoderBlock(block, config.width, config.dropout, config.norm_eps) for block in config.blocks()
+            EncoderBlock(block, config.width, config.dropout, config.norm_eps, config.norm) for block in config.blocks()
         )
-        self.final_norm = nn.LayerNorm(config.width, eps=config.norm_eps, bias=False)
+        self.final_norm: nn.Module = nn.Identity()
+        if isinstance(config.norm, PreNormConfig):
+            self.final_norm = build_norm(config.width, config.norm_eps, config.norm)
+            if not config.norm.first:
+                self.blocks[0].attention_norm = nn.Identity()
         self.recompute_blocks = False  # activation checkpointing: set by the trainer, not part of the model
 
     def forward(
@@ -45,16 +50,21 @@ class Encoder(nn.Module):
             input_ids: `[B, L]` int64; `[T]` if `batch` is given.
             attention_mask: `[B, L]`, 1 = real token; default: every token is real.
             batch: where the sequences of packed `input_ids` lie.
-            segment_ids: int64, shaped as `input_ids`: which of two texts a token is of. No part of this encoder reads
-                them.
+            segment_ids: int64, shaped as `input_ids`: which of two texts a token is of; default: all 0. An encoder
+                without `segments` doesn't look at them.
 
         Raises:
-            ValueError: for ids and masks of different shapes, or a mask beside a batch.
+            ValueError: for ids, masks and segments of different shapes, or a mask beside a batch.
         """
+        if segment_ids is not None and segment_ids.shape != input_ids.shape:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)} but segment_ids {tuple(segment_ids.shape)}; they must "
+                "be the same"
+            )
         if batch is not None:
             if attention_mask is not None:
                 raise ValueError("give attention_mask for padded input_ids or batch for packed ones, not both")
-            return self._encode(input_ids, batch)
+            return self._encode(input_ids, batch, segment_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if mask.shape != input_ids.shape:
             raise ValueError(
@@ -62,11 +72,12 @@ class Encoder(nn.Module):
                 "both must be [batch, length]"
             )
         batch = pack(mask)
-        x, routing, exits = self._encode(input_ids.flatten()[batch.token_index], batch)
+        segments = None if segment_ids is None else segment_ids.flatten()[batch.token_index]
+        x, routing, exits = self._encode(input_ids.flatten()[batch.token_index], batch, segments)
         return EncoderOutput(unpack(x, batch), routing, {layer: unpack(state, batch) for layer, state in exits.items()})
 
-    def _encode(self, ids: Tensor, batch: PackedBatch) -> EncoderOutput:
-        x = self.embeddings(ids, batch)
+    def _encode(self, ids: Tensor, batch: PackedBatch, segment_ids: Tensor | None) -> EncoderOutput:
+        x = self.embeddings(ids, batch, segment_ids)
         tokens = Tokens(ids, batch.cu_seqlens)
         routing: dict[str, RoutingStats] = {}
         exits: dict[int, Tensor] = {}

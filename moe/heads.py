@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from moe.batch import PackedBatch
 from moe.config import EncoderConfig
 from moe.encoder import Encoder
+from moe.norms import build_norm
 from routing import RoutingStats
 
 
@@ -19,17 +20,26 @@ class MaskedLMOutput(NamedTuple):
 
 
 class MaskedLMHead(nn.Module):
-    """Dense, GELU, norm, then the token embedding as output layer (BERT, arXiv 1810.04805)."""
+    """Dense, GELU, norm, then the token embedding as output layer (BERT, arXiv 1810.04805).
+
+    Embeddings of their own width W (`embedding_width`) have the dense layer go there, as in ELECTRA's generator.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.width, config.width, bias=False)
-        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps, bias=False)
+        self.dense = nn.Linear(config.width, config.table_width, bias=config.head_bias)
+        self.norm = build_norm(config.table_width, config.norm_eps, config.norm)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """`[N, D]`, `[V, D]` -> logits `[N, V]`."""
+        """`[N, D]`, `[V, W]` -> logits `[N, V]`."""
         return F.linear(self.norm(F.gelu(self.dense(x))), embedding, self.bias)
+
+    @staticmethod
+    def num_params(config: EncoderConfig) -> int:
+        """Without the output layer's matrix, which is the embedding."""
+        dense = (config.width + config.head_bias) * config.table_width
+        return dense + (1 + config.norm.bias) * config.table_width + config.vocab_size
 
 
 class MaskedLMExit(nn.Module):
