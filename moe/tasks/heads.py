@@ -27,7 +27,7 @@ def pool(x: Tensor, batch: PackedBatch, pooling: Pooling) -> Tensor:
     if pooling == "first":
         padded = F.pad(x, (0, 0, 0, 1))  # an empty sequence at the end starts behind the last token
         return padded[starts] * (lengths > 0)[:, None]
-    rows = torch.repeat_interleave(torch.arange(lengths.shape[0], device=x.device), lengths, output_size=len(x))
+    rows = torch.repeat_interleave(torch.arange(lengths.shape[0], device=x.device), lengths, output_size=x.shape[0])
     sums = torch.zeros(lengths.shape[0], x.shape[1], dtype=torch.float32, device=x.device).index_add(0, rows, x.float())
     return (sums / lengths.clamp(min=1)[:, None]).to(x.dtype)
 
