@@ -66,14 +66,14 @@ def main(argv: list[str] | None = None) -> None:
             runs, operators, seconds = {}, {}, {}
             for name, way in WAYS.items():
                 path, start = Path(folder) / f"{name}.onnx", time.perf_counter()
-                write_graph(Graph(model, way), path, WORDS)
+                write_graph(Graph(model, way), path, config)
                 seconds[name] = time.perf_counter() - start
                 runs[name], operators[name] = session(path, options.threads), _operators(path)
             for shape in SHAPES:
-                ids, mask = examples(WORDS, shape)
+                inputs = examples(config, shape)
                 with torch.no_grad():
-                    contenders = {name: partial(run, ids, mask) for name, run in runs.items()}
-                    contenders["torch"] = partial(model, ids, mask)
+                    contenders = {name: partial(run, inputs) for name, run in runs.items()}
+                    contenders["torch"] = partial(model, **inputs)
                     taken = interleaved_seconds(contenders, options.rounds)
                 for name in WAYS:
                     row: Row = {"case": f"E{count} {shape[0]}x{shape[1]}", "dtype": "float32", "mode": "forward"}

@@ -51,6 +51,14 @@ def save_pretrained(
     Raises:
         UserError: if the folder can't be written.
     """
+    with whole_folder(Path(folder)) as staging:
+        write_model(model, staging, tokenizer, tensors)
+
+
+def write_model(
+    model: MaskedLM | TaskModel, folder: Path, tokenizer: str | None = None, tensors: dict[str, Tensor] | None = None
+) -> None:
+    """The files of `save_pretrained`, into a folder that is there."""
     task = model.task if isinstance(model, TaskModel) else None
     config = {
         "model_type": MODEL_TYPE,
@@ -60,13 +68,12 @@ def save_pretrained(
         "task": task.model_dump(mode="json") if task else None,
     }
     state = model.state_dict() if tensors is None else tensors
-    with whole_folder(Path(folder)) as staging:
-        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_tensors({name: t.detach().cpu().contiguous() for name, t in state.items()}, staging / WEIGHTS)
-        if tokenizer is not None:
-            (staging / TOKENIZER).write_text(tokenizer, encoding="utf-8")
-            beside = tokenizer_config(tokenizer, model.config.positions.max_length if model.config.positions else None)
-            (staging / TOKENIZER_CONFIG).write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_tensors({name: t.detach().cpu().contiguous() for name, t in state.items()}, folder / WEIGHTS)
+    if tokenizer is not None:
+        (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
+        beside = tokenizer_config(tokenizer, model.config.positions.max_length if model.config.positions else None)
+        (folder / TOKENIZER_CONFIG).write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
 
 
 def from_pretrained(folder: str | Path) -> MaskedLM:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.batch import PackedBatch, unpack
+from moe.block import EncoderBlock
 from moe.experts.experts import Experts
 from moe.experts.layer import Dispatcher, MoEFeedForward
 from moe.export.attention import on_grid, why_not
@@ -44,11 +45,12 @@ class Graph(nn.Module):
             if isinstance(block.feed_forward, MoEFeedForward):
                 block.feed_forward.dispatcher = dispatcher or dispatch_by_slots
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """`[B, L]` int64, and 1 for real tokens."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """`[B, L]` int64 each: ids, 1 for real tokens, and of which text a token is where the encoder asks that."""
         batch = described(attention_mask)
-        model = self.model
-        states = model.encoder(input_ids.flatten()[batch.token_index], batch=batch).last_hidden_state
+        model, real = self.model, batch.token_index
+        segments = None if token_type_ids is None else token_type_ids.flatten()[real]
+        states = model.encoder(input_ids.flatten()[real], batch=batch, segment_ids=segments).last_hidden_state
         if isinstance(model, MaskedLM):
             return unpack(model.head(states, model.encoder.embeddings.tokens.weight), batch)
         logits = model.head(states, batch)
@@ -89,16 +91,24 @@ def dispatch_by_slots(experts: Experts, x: Tensor, routing: Routing, shared: Fee
     place = torch.where(kept, routing.choices.flatten() * slots + rank, nobody)
     rows = x[:, None].expand(-1, routing.choices.shape[1], -1).flatten(0, 1)
     given = x.new_zeros((nobody + 1, x.shape[1])).index_copy(0, place, rows)[:nobody]
-    hidden = activate(torch.bmm(given.view(count, slots, -1), experts.up), experts.activation)
-    made = F.pad(torch.bmm(hidden, experts.down).flatten(0, 1), (0, 0, 0, 1))[place]
+    hidden = activate(_product(given.view(count, slots, -1), experts.up, experts.up_bias), experts.activation)
+    made = F.pad(_product(hidden, experts.down, experts.down_bias).flatten(0, 1), (0, 0, 0, 1))[place]
     gates = (routing.weights * routing.kept).to(x.dtype)
     y = (made.unflatten(0, routing.choices.shape) * gates[:, :, None]).sum(1)
     return y if shared is None else y + shared(x)
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`[E, M, in]`, each with its own expert's matrix."""
+    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias[:, None], x, weight)
+
+
 def _refuse(model: MaskedLM | TaskModel) -> None:
     for layer, block in enumerate(model.encoder.blocks):
-        wrong = why_not(block.attention) or _why_not(block.feed_forward)
+        if not isinstance(block, EncoderBlock):
+            wrong: str | None = f"a layer of kind {type(block).__name__}"
+        else:
+            wrong = why_not(block.attention) or _why_not(block.feed_forward)
         if wrong:
             raise UserError(
                 f"layer {layer} can't be in a graph: {wrong}. What can: softmax and local attention, dense and grouped "

@@ -140,8 +140,8 @@ class RoutedEncoderPreTrained(PreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None,
         token_type_ids: Tensor | None,
-        output_hidden_states: bool | None,
-        output_attentions: bool | None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> Encoded:
         """Pack, encode, and gather what every output has."""
         if output_attentions or (output_attentions is None and self.config.output_attentions):
