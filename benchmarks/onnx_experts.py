@@ -1,8 +1,8 @@
 """Experts in an ONNX graph, three ways, by onnxruntime on a CPU, beside our own layer in torch.
 
-`ours, slots`: every expert gets as many slots as the fullest has rows, two batched products in all (what is exported);
-`each expert`: every expert by itself on the rows that chose it; `all experts`: every token through every expert,
-weighted. One encoder layer around each (d 256, expert width 512, K 2, softmax attention), a third of the input padding.
+`ours, each`: every expert by itself on the rows that chose it; `ours, slots`: every expert gets as many slots as the
+fullest has rows, two batched products in all, which is what is written of models with many experts; `all experts`:
+every token through every expert, weighted. One encoder layer around each (d 256, expert width 512, K 2, softmax attention), a third of the input padding.
 `ratio_to_torch` is a time over our encoder's own; `operators` counts the graph's, `writing` its export, over slots'.
 """
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from benchmarks.common import Row, arguments, interleaved_seconds, show
 from moe import EncoderConfig, MaskedLM
 from moe.experts.experts import Experts
-from moe.export.graph import Graph, dispatch_by_slots
+from moe.export.graph import Graph, dispatch_by_slots, dispatch_each
 from moe.export.onnx import examples, session, write_graph
 from moe.feed_forward import FeedForward, activate
 from routing import Routing
@@ -26,18 +26,6 @@ from routing import Routing
 WORDS = 64  # few: the experts are what is measured
 EXPERTS = (8, 64)
 SHAPES = ((1, 16), (8, 128))
-
-
-def each_expert(experts: Experts, x: Tensor, routing: Routing, shared: FeedForward | None = None) -> Tensor:
-    """Its rows gathered, worked on, and added where they came from."""
-    y = torch.zeros_like(x) if shared is None else shared(x)
-    weights = (routing.weights * routing.kept).to(x.dtype)
-    for expert, (up, down) in enumerate(zip(experts.up, experts.down, strict=True)):
-        chosen = (routing.choices == expert) & routing.kept
-        rows = chosen.any(1).nonzero().squeeze(1)
-        gate = (weights * chosen).sum(1, keepdim=True)[rows]
-        y = y.index_add(0, rows, activate(x[rows] @ up, experts.activation) @ down * gate)
-    return y
 
 
 def all_experts(experts: Experts, x: Tensor, routing: Routing, shared: FeedForward | None = None) -> Tensor:
@@ -50,7 +38,7 @@ def all_experts(experts: Experts, x: Tensor, routing: Routing, shared: FeedForwa
     return y if shared is None else y + shared(x)
 
 
-WAYS = {"ours, slots": dispatch_by_slots, "each expert": each_expert, "all experts": all_experts}
+WAYS = {"ours, each": dispatch_each, "ours, slots": dispatch_by_slots, "all experts": all_experts}
 
 
 def main(argv: list[str] | None = None) -> None:

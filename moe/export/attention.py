@@ -40,7 +40,7 @@ class Grid(NamedTuple):
 
 
 def grid_of(batch: PackedBatch) -> Grid:
-    rows, length = batch.shape
+    _rows, length = batch.shape
     place = batch.token_index // length * length + batch.positions
     lengths = batch.cu_seqlens.diff()
     keys = torch.arange(length, device=place.device) < lengths[:, None]
@@ -53,7 +53,9 @@ def distances(length: int, device: torch.device) -> Tensor:
     return at[None, :] - at[:, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, grid: Grid, seen: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, seen: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """`softmax(q k^T / sqrt(C) + bias) v` of each token over those of its sequence that it sees.
 
     Args:
@@ -66,7 +68,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, grid: Grid, seen: Tensor | None = No
     mask = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias.to(q.dtype)
     # The lowest number rather than -inf: a row of the grid where no token stands would be NaN.
     mask = torch.where(visible, mask, torch.finfo(q.dtype).min)
-    return grid.packed(F.scaled_dot_product_attention(*(grid.laid_out(x) for x in (q, k, v)), attn_mask=mask))
+    q, k, v = grid.laid_out(q), grid.laid_out(k), grid.laid_out(v)
+    return grid.packed(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
 class GridCore(nn.Module):

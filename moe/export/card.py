@@ -41,7 +41,7 @@ def model_card(model: MaskedLM | TaskModel, source: Path, form: Format, checked:
 
     Args:
         model: the one that is exported.
-        source: the folder it was read from; a run's `config.yaml` and `summary.json` stand in it or above it, if at all.
+        source: the folder it was read from; a run's `config.yaml` and `summary.json` are in it or above it.
         form: what is exported.
         checked: what was compared, and how far apart it was.
     """
@@ -72,7 +72,9 @@ def model_card(model: MaskedLM | TaskModel, source: Path, form: Format, checked:
         sections.append(_table(("routing, as measured in its run", ""), balance))
     sections.append("## Data\n")
     if "data" in run:
-        sections.append(f"From the run's `config.yaml`:\n\n```yaml\n{yaml.safe_dump(run['data'], sort_keys=False)}```\n")
+        sections.append(
+            f"From the run's `config.yaml`:\n\n```yaml\n{yaml.safe_dump(run['data'], sort_keys=False)}```\n"
+        )
     else:
         sections.append("No run's `config.yaml` was at hand, so this card can't say.\n")
     sections.append("## Evaluation\n")

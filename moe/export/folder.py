@@ -43,7 +43,9 @@ def export(source: Path, out: Path, form: Format) -> str:
             if isinstance(model, TaskModel) and isinstance(model.task, EmbeddingConfig):
                 write_sentence_transformer(model.task, model.config.width, staging)
             _check_transformers(model, staging)
-            checked = f"{CONFIG} and {WEIGHTS} by transformers: weights, and states of padded and ragged input, equal ours"
+            checked = (
+                f"{CONFIG} and {WEIGHTS} by transformers: weights, and states of padded and ragged input, equal ours"
+            )
         (staging / CARD).write_text(model_card(model, source, form, f"Checked: {checked}."), encoding="utf-8")
     return checked
 

@@ -25,6 +25,8 @@ from routing.errors import UserError
 from routing.learned import Learned
 from routing.router import Threshold, TokenChoice
 
+MANY = 128  # experts of all layers together: beyond, a graph with operators for each takes too long to write
+
 
 class Graph(nn.Module):
     """`model(input_ids, attention_mask).logits` at evaluation, of a model that is copied.
@@ -40,10 +42,13 @@ class Graph(nn.Module):
         super().__init__()
         _refuse(model)
         self.model = deepcopy(model).eval().float()
+        if dispatcher is None:
+            dispatcher = dispatch_each if _experts(self.model) <= MANY else dispatch_by_slots
         for block in self.model.encoder.blocks:
+            assert isinstance(block, EncoderBlock)
             block.attention = on_grid(block.attention)
             if isinstance(block.feed_forward, MoEFeedForward):
-                block.feed_forward.dispatcher = dispatcher or dispatch_by_slots
+                block.feed_forward.dispatcher = dispatcher
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """`[B, L]` int64 each: ids, 1 for real tokens, and of which text a token is where the encoder asks that."""
@@ -74,8 +79,27 @@ def described(attention_mask: Tensor) -> PackedBatch:
     )
 
 
+def dispatch_each(experts: Experts, x: Tensor, routing: Routing, shared: FeedForward | None = None) -> Tensor:
+    """A dispatcher (`moe.experts.layer`): each expert on the rows that chose it, which are added where they came from.
+
+    No work but what was chosen, for as many operators as there are experts, and as much longer to trace and write.
+    """
+    y = torch.zeros_like(x) if shared is None else shared(x)
+    weights = (routing.weights * routing.kept).to(x.dtype)
+    for expert in range(experts.up.shape[0]):
+        chosen = (routing.choices == expert) & routing.kept
+        rows = chosen.any(1).nonzero().squeeze(1)
+        gate = (weights * chosen).sum(1, keepdim=True)[rows]
+        hidden = x[rows] @ experts.up[expert]
+        hidden = activate(hidden if experts.up_bias is None else hidden + experts.up_bias[expert], experts.activation)
+        made = hidden @ experts.down[expert]
+        made = made if experts.down_bias is None else made + experts.down_bias[expert]
+        y = y.index_add(0, rows, made * gate)
+    return y
+
+
 def dispatch_by_slots(experts: Experts, x: Tensor, routing: Routing, shared: FeedForward | None = None) -> Tensor:
-    """A dispatcher (`moe.experts.layer`) of few operators, however many experts there are.
+    """Another of few operators, however many experts there are.
 
     Every expert gets as many slots as the fullest one has rows, so that all of them are two batched products. That is
     max-over-mean times the work of the kept assignments, and at worst that of every token through every expert.
@@ -84,7 +108,9 @@ def dispatch_by_slots(experts: Experts, x: Tensor, routing: Routing, shared: Fee
     kept = routing.kept.flatten()
     of = (routing.choices.flatten()[:, None] == torch.arange(count, device=x.device)) & kept[:, None]  # [N, E]
     ranks = of.long().cumsum(0)  # counted from 1
-    slots: Any = F.pad(ranks, (0, 0, 0, 1)).max().clamp(min=1).item()  # a value, which the graph computes anew each time
+    slots: Any = (
+        F.pad(ranks, (0, 0, 0, 1)).max().clamp(min=1).item()
+    )  # a value, which the graph computes anew each time
     torch._check(slots >= 1)
     rank = (ranks * of).sum(1) - 1
     nobody = count * slots  # one slot behind the last for what was dropped
@@ -96,6 +122,11 @@ def dispatch_by_slots(experts: Experts, x: Tensor, routing: Routing, shared: Fee
     gates = (routing.weights * routing.kept).to(x.dtype)
     y = (made.unflatten(0, routing.choices.shape) * gates[:, :, None]).sum(1)
     return y if shared is None else y + shared(x)
+
+
+def _experts(model: MaskedLM | TaskModel) -> int:
+    feed_forwards = (block.feed_forward for block in model.encoder.blocks)
+    return sum(layer.experts.up.shape[0] for layer in feed_forwards if isinstance(layer, MoEFeedForward))
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -28,7 +28,7 @@ def export_onnx(model: MaskedLM | TaskModel, folder: Path) -> float:
     """Write `model.onnx`: `input_ids`, `attention_mask` and, for an encoder with segments, `token_type_ids`, all
     `[batch, length]` int64 -> `logits` (see `moe.export.graph`).
 
-    Any batch and any length, padding anywhere, float32 whatever the model's dtype.
+    Any batch and any length with at least one real token, padding anywhere; float32 whatever the model's dtype.
 
     Returns:
         The largest difference from the model itself, over its largest output, on padded and on ragged input.

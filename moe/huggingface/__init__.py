@@ -1,8 +1,8 @@
 """Routed encoders in transformers: importing this makes its Auto classes read our folders.
 
 `from_pretrained(folder)` and `save_pretrained` of `AutoConfig`, `AutoModel`, `AutoModelForMaskedLM`,
-`...ForSequenceClassification`, `...ForTokenClassification` and `...ForQuestionAnswering`; `AutoTokenizer` reads the same
-folder by itself. Needs the extra `hf`.
+`...ForSequenceClassification`, `...ForTokenClassification` and `...ForQuestionAnswering`; `AutoTokenizer` reads the
+same folder by itself. Needs the extra `hf`.
 """
 
 from importlib.util import find_spec

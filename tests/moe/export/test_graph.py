@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 import moe
 from moe.config import EncoderConfig
-from moe.experts.layer import dispatch_locally
-from moe.export.graph import Graph, described, dispatch_by_slots
+from moe.experts.layer import Dispatcher, dispatch_locally
+from moe.export.graph import Graph, described, dispatch_by_slots, dispatch_each
 from moe.tasks.config import ClassificationConfig, EmbeddingConfig, TokenClassificationConfig
 from routing import Routing
 from routing.errors import UserError
@@ -59,9 +59,10 @@ def built(block: dict[str, Any], task: Any = None, **more: Any) -> moe.MaskedLM 
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_every_part_is_the_models(part: str) -> None:
+@pytest.mark.parametrize("dispatcher", [dispatch_each, dispatch_by_slots])
+def test_every_part_is_the_models(part: str, dispatcher: Dispatcher) -> None:
     model = built(PARTS[part])
-    graph = Graph(model)
+    graph = Graph(model, dispatcher)
     expected = model(IDS, MASK).logits.view(4, 7, 20)
     found = graph(IDS, MASK)
     assert_close(found[REAL], expected[REAL], rtol=1e-5, atol=1e-6)
@@ -96,6 +97,12 @@ def test_a_graph_leaves_its_model_alone() -> None:
     assert model.encoder.blocks[0].feed_forward.dispatcher is dispatch_locally
 
 
+def test_many_experts_share_operators() -> None:
+    few, many = (Graph(built(experts(count=count))).model.encoder.blocks[0].feed_forward for count in (64, 65))
+    assert few.dispatcher is dispatch_each
+    assert many.dispatcher is dispatch_by_slots
+
+
 def test_packing_without_reading_is_packing() -> None:
     ours, fast = described(MASK), moe.pack(MASK)
     for name in ("cu_seqlens", "positions", "token_index", "seq_index"):
@@ -104,7 +111,8 @@ def test_packing_without_reading_is_packing() -> None:
 
 
 @pytest.mark.parametrize("case", ["spread", "all to one", "some dropped", "none kept", "no tokens"])
-def test_slots_are_the_loop_over_tokens(case: str) -> None:
+@pytest.mark.parametrize("dispatcher", [dispatch_each, dispatch_by_slots])
+def test_dispatchers_are_the_loop_over_tokens(dispatcher: Dispatcher, case: str) -> None:
     layer = built(experts(bias=True)).encoder.blocks[0].feed_forward
     tokens = 0 if case == "no tokens" else 9
     x = torch.randn(tokens, 16)
@@ -120,7 +128,7 @@ def test_slots_are_the_loop_over_tokens(case: str) -> None:
         kept = torch.zeros_like(kept)
     weights = torch.rand(tokens, 2) * kept
     routing = Routing(torch.zeros(tokens, 4), torch.zeros(tokens, 4), choices, weights, kept, tokens * 2)
-    assert_close(dispatch_by_slots(layer.experts, x, routing), _one_by_one(layer.experts, x, routing))
+    assert_close(dispatcher(layer.experts, x, routing), _one_by_one(layer.experts, x, routing))
 
 
 def _one_by_one(experts: nn.Module, x: Tensor, routing: Routing) -> Tensor:

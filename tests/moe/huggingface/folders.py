@@ -10,7 +10,7 @@ import moe
 from moe.tasks.config import TaskConfig
 from training.data.tokenizer import SPECIALS
 
-WORDS = "the cat sat on a mat dog ran to me you and it is b".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", "to", "me", "you", "and", "it", "is", "b"]
 ENCODER: dict[str, Any] = {
     "vocab_size": len(SPECIALS) + len(WORDS),
     "width": 16,

@@ -102,9 +102,7 @@ def test_a_head_for_something_else_is_drawn_afresh(kind: str | None, tmp_path: P
     loaded = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "ours", id2label=labels, label2id={name: i for i, name in labels.items()}
     ).eval()
-    assert torch.equal(
-        model.encoder(IDS, MASK).last_hidden_state, loaded.encoder(IDS, MASK).last_hidden_state
-    )
+    assert torch.equal(model.encoder(IDS, MASK).last_hidden_state, loaded.encoder(IDS, MASK).last_hidden_state)
     weight = loaded.head.dense.weight  # the masked-LM head has one of the same name and shape
     assert 0.018 < weight.std() < 0.022
     assert not loaded.head.dense.bias.any()
@@ -132,8 +130,10 @@ def test_every_state_and_every_routers_statistics_come_out(tmp_path: Path) -> No
     assert_close(out.last_hidden_state, inner.last_hidden_state)
     assert len(out.hidden_states) == 4
     assert_close(out.hidden_states[-1], inner.last_hidden_state)
-    assert_close(model.encoder.final_norm(model.encoder.blocks[2](*_packed(model, out.hidden_states[2])).x),
-                 inner.last_hidden_state[REAL])
+    assert_close(
+        model.encoder.final_norm(model.encoder.blocks[2](*_packed(model, out.hidden_states[2])).x),
+        inner.last_hidden_state[REAL],
+    )
     assert all(not states[~REAL].any() for states in out.hidden_states)
     assert {name: stats.assigned.tolist() for name, stats in out.router_stats.items()} == {
         name: stats.assigned.tolist() for name, stats in inner.routing.items()
