@@ -2,8 +2,9 @@
 
 `ours, each`: every expert by itself on the rows that chose it; `ours, slots`: every expert gets as many slots as the
 fullest has rows, two batched products in all, which is what is written of models with many experts; `all experts`:
-every token through every expert, weighted. One encoder layer around each (d 256, expert width 512, K 2, softmax attention), a third of the input padding.
-`ratio_to_torch` is a time over our encoder's own; `operators` counts the graph's, `writing` its export, over slots'.
+every token through every expert, weighted. One encoder layer around each (d 256, expert width 512, K 2, softmax
+attention), a third of the input padding. `ratio_to_torch` is a time over our encoder's own; `operators` counts the
+graph's, `writing` its export, over slots'.
 """
 
 import tempfile

@@ -11,12 +11,14 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from moe.attention.kinds import AttentionConfig
 from moe.attention.softmax import SoftmaxAttentionConfig
+from moe.depth import MixtureOfDepthsConfig
 from moe.exits.config import ExitsConfig
 from moe.experts.config import Backend, ExpertsConfig
 from moe.feed_forward import Activation, DenseConfig, GroupedDenseConfig
 from moe.memory import MemoryConfig
 from moe.norms import PRE_NORM, NormConfig, PostNormConfig, PreNormConfig
 from moe.positions.learned import LearnedPositionsConfig
+from moe.stochastic_depth import StochasticDepthConfig
 from routing.config import Config
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "FeedForwardConfig",
     "GroupedDenseConfig",
     "MemoryConfig",
+    "MixtureOfDepthsConfig",
     "NormConfig",
     "PostNormConfig",
     "PreNormConfig",
@@ -46,6 +49,26 @@ class BlockConfig(Config):
 
     attention: AttentionConfig = SoftmaxAttentionConfig()
     feed_forward: FeedForwardConfig = DenseConfig()
+    depth: MixtureOfDepthsConfig | None = None  # which tokens it processes; None: all
+
+    def num_params(self, width: int) -> int:
+        """Without norms."""
+        return self._routing_params(width) + self.attention.num_params(width) + self.feed_forward.num_params(width)
+
+    def num_active_params(self, width: int) -> int:
+        """Under mixture of depths the mean over tokens, most of which meet all or nothing of it."""
+        active = self.attention.num_active_params(width) + self.feed_forward.num_active_params(width)
+        share = self.depth.capacity if self.depth else 1
+        return self._routing_params(width) + round(share * active)
+
+    def flops_per_token(self, width: int, length: int) -> float:
+        """The mean over a sequence's tokens. Those that are processed form a sequence of their own."""
+        processed = self.depth.chosen(length) if self.depth else length
+        own = self.attention.flops_per_token(width, processed) + self.feed_forward.flops_per_token(width)
+        return own if self.depth is None else self.depth.flops_per_token(width) + own * processed / length
+
+    def _routing_params(self, width: int) -> int:
+        return self.depth.num_params(width) if self.depth else 0
 
 
 class EveryNth(Config):
@@ -56,11 +79,13 @@ class EveryNth(Config):
 
 
 class BlockOverride(Config):
-    """What some layers are made of instead: an attention or feed-forward that is given replaces the block's whole."""
+    """What some layers are made of instead: an attention, feed-forward or depth that is given replaces the block's
+    whole."""
 
     layers: EveryNth | tuple[int, ...]
     attention: AttentionConfig | None = None
     feed_forward: FeedForwardConfig | None = None
+    depth: MixtureOfDepthsConfig | None = None
 
     @field_validator("attention", "feed_forward", mode="before")
     @classmethod
@@ -76,8 +101,8 @@ class BlockOverride(Config):
     def _overrides_something(self) -> "BlockOverride":
         if self.layers == ():
             raise ValueError("layers is [], so this override is of no layer: name some, or remove it")
-        if self.attention is None and self.feed_forward is None:
-            raise ValueError("this override gives neither attention nor feed_forward: give one, or remove it")
+        if self.attention is None and self.feed_forward is None and self.depth is None:
+            raise ValueError("this override gives none of attention, feed_forward and depth: give one, or remove it")
         return self
 
     def covers(self, layer: int) -> bool:
@@ -103,6 +128,7 @@ class EncoderConfig(Config):
     positions: LearnedPositionsConfig | None = None  # added to the embeddings, beside what attention does itself
     norm: NormConfig = PRE_NORM
     head_bias: bool = False  # of the masked-LM head's dense layer; its output layer has one anyway
+    stochastic_depth: StochasticDepthConfig | None = None  # in training: blocks that some sequences skip
     exits: ExitsConfig | None = None  # layers behind which a model may answer early
     dropout: float = Field(default=0.0, ge=0, lt=1)  # of what each sublayer adds to the residual
     norm_eps: float = Field(default=1e-5, gt=0)
@@ -115,6 +141,7 @@ class EncoderConfig(Config):
                 block = BlockConfig(
                     attention=rule.attention or block.attention,
                     feed_forward=rule.feed_forward or block.feed_forward,
+                    depth=rule.depth or block.depth,
                 )
         return block
 
@@ -123,24 +150,20 @@ class EncoderConfig(Config):
 
     def num_params(self) -> int:
         """Parameters of `Encoder`; a head's come on top."""
-        blocks = sum(b.attention.num_params(self.width) + b.feed_forward.num_params(self.width) for b in self.blocks())
+        blocks = sum(block.num_params(self.width) for block in self.blocks())
         return self.num_embedding_params() + self.num_norm_params() + blocks
 
     def num_active_params(self) -> int:
         """Parameters that one token meets: unchosen experts and values of a memory left out."""
-        blocks = sum(
-            b.attention.num_active_params(self.width) + b.feed_forward.num_active_params(self.width)
-            for b in self.blocks()
-        )
+        blocks = sum(block.num_active_params(self.width) for block in self.blocks())
         return self.num_embedding_params() + self.num_norm_params() + blocks
 
     def flops_per_token(self, length: int) -> float:
-        """Forward FLOPs of one token in a sequence of `length` tokens; the embedding look-up costs none."""
-        blocks = sum(
-            b.attention.flops_per_token(self.width, length) + b.feed_forward.flops_per_token(self.width)
-            for b in self.blocks()
-        )
-        return blocks + self.projection_flops()
+        """Forward FLOPs of one token in a sequence of `length` tokens; the embedding look-up costs none.
+
+        At evaluation: stochastic depth skips nothing then.
+        """
+        return sum(block.flops_per_token(self.width, length) for block in self.blocks()) + self.projection_flops()
 
     def projection_flops(self) -> int:
         """Of one token's way from a narrower embedding to the model's width."""

@@ -15,6 +15,7 @@ from routing.config import (
     RouterConfig,
     RoutingLossConfig,
     SelectionBiasConfig,
+    TakeBestConfig,
     ThresholdConfig,
     TokenChoiceConfig,
 )
@@ -29,7 +30,18 @@ from routing.losses import (
     totals_of,
     z_loss,
 )
-from routing.router import ExpertChoice, Hash, Learned, Measured, Router, Threshold, TokenChoice, build_router, route
+from routing.router import (
+    ExpertChoice,
+    Hash,
+    Learned,
+    Measured,
+    Router,
+    TakeBest,
+    Threshold,
+    TokenChoice,
+    build_router,
+    route,
+)
 from routing.stats import RoutingReport, add_stats, load, max_over_mean, report, summarize
 from routing.types import Routing, RoutingStats, Tokens
 
@@ -56,6 +68,8 @@ __all__ = [
     "RoutingStats",
     "RoutingTotals",
     "SelectionBiasConfig",
+    "TakeBest",
+    "TakeBestConfig",
     "Threshold",
     "ThresholdConfig",
     "TokenChoice",

@@ -86,7 +86,7 @@ def test_a_router_that_cannot_serve_the_experts_is_refused_when_it_is_read(route
     ("override", "message"),
     [
         ({"layers": [], "feed_forward": EXPERTS}, r"layers is \[\], so this override is of no layer"),
-        ({"layers": [1]}, "gives neither attention nor feed_forward"),
+        ({"layers": [1]}, "gives none of attention, feed_forward and depth"),
         ({"layers": [1], "attention": {"heads": 2}}, r"block's attention as a whole.*add kind, such as {kind: softmax"),
         ({"layers": [1], "feed_forward": {"width": 8}}, r"block's feed_forward as a whole.*such as {kind: dense"),
     ],

@@ -32,8 +32,11 @@ def count_parameters(model: EncoderConfig) -> Parameters:
     """Of the encoder and its masked-LM head.
 
     Raises:
-        UserError: for a kind of feed-forward that plans don't know.
+        UserError: for what plans don't know: some kinds of feed-forward, and blocks that some tokens skip.
     """
+    if model.stochastic_depth or any(block.depth for block in model.blocks()):
+        what = "stochastic_depth" if model.stochastic_depth else "depth: {kind: mixture_of_depths}"
+        raise UserError(f"what a run costs whose tokens skip blocks isn't known here; plan without {what}")
     width = model.width
     attention = dense = experts = router = 0
     for block in model.blocks():

@@ -139,3 +139,16 @@ def test_a_memory_is_refused_by_name() -> None:
     run = small_run(model__block={"attention": {"heads": 2}, "feed_forward": {"kind": "memory"}})
     with pytest.raises(UserError, match=r"feed-forward of kind memory .* plan with kind: experts or dense"):
         count_parameters(run.model)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"model__stochastic_depth": {"kind": "linear"}}, "without stochastic_depth"),
+        ({"model__overrides": [{"layers": [1], "depth": {}}]}, "without depth: {kind: mixture_of_depths}"),
+    ],
+    ids=str,
+)
+def test_blocks_that_some_tokens_skip_are_refused(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=f"whose tokens skip blocks isn't known here; plan {named}"):
+        count_parameters(small_run(**given).model)
