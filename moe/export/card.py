@@ -132,7 +132,8 @@ def _layers(model: MaskedLM | TaskModel) -> Iterator[tuple[str, str, str]]:
     for block, group in numbered:
         numbers = [number for number, _ in group]
         span = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
-        yield span, block.attention.kind, _feed_forward(block)
+        part = f", of {block.depth.capacity:.0%} of a sequence's tokens" if block.depth else ""
+        yield span, block.attention.kind, _feed_forward(block) + part
 
 
 def _feed_forward(block: BlockConfig) -> str:

@@ -136,10 +136,10 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _refuse(model: MaskedLM | TaskModel) -> None:
     for layer, block in enumerate(model.encoder.blocks):
-        if not isinstance(block, EncoderBlock):
-            wrong: str | None = f"a layer of kind {type(block).__name__}"
-        else:
-            wrong = why_not(block.attention) or _why_not(block.feed_forward)
+        assert isinstance(block, EncoderBlock)
+        wrong = (
+            why_not(block.attention) or _why_not(block.feed_forward) or ("mixture of depths" if block.depth else None)
+        )
         if wrong:
             raise UserError(
                 f"layer {layer} can't be in a graph: {wrong}. What can: softmax and local attention, dense and grouped "

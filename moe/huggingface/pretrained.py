@@ -146,6 +146,11 @@ class RoutedEncoderPreTrained(PreTrainedModel):
         batch = pack(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
         segments = None if token_type_ids is None else token_type_ids.flatten()[batch.token_index]
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if wanted and self.training and self.encoder.stochastic_depth is not None:
+            raise ValueError(
+                "output_hidden_states can't be given in training with stochastic depth, where layers see some of the "
+                "sequences; call eval(), or leave it out"
+            )
         with _recorded(self.encoder, bool(wanted)) as layers:
             states, routing, _ = self.encoder(input_ids.flatten()[batch.token_index], batch=batch, segment_ids=segments)
         about: dict[str, Any] = {"aux_loss": auxiliary_loss(routing, self.encoder.routers()).to(states.device)}

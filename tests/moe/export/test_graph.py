@@ -153,6 +153,7 @@ def _one_by_one(experts: nn.Module, x: Tensor, routing: Routing) -> Tensor:
         ({"feed_forward": {"kind": "memory"}}, "feed-forward ProductKeyMemory"),
         (experts(router={"kind": "expert_choice"}), "router expert_choice"),
         (experts(router={"kind": "hash"}), "router hash"),
+        ({"depth": {"capacity": 0.5}}, "mixture of depths"),
         (experts(router={"scope": "sequence"}), "a router of whole sequences"),
         (experts(router={"capacity": {"evaluation": 1.0}}), "capacity at evaluation"),
     ],

@@ -261,6 +261,9 @@ def test_what_cannot_be_given_is_refused() -> None:
         model(IDS, token_type_ids=IDS[:, 1:])
     with pytest.raises(ValueError, match="every_n_layers"):
         model.activation_checkpointing_enable(every_n_layers=2)
+    deep = moe.huggingface.RoutedEncoderConfig(encoder={**ENCODER, "stochastic_depth": {}})
+    with pytest.raises(ValueError, match="in training with stochastic depth"):
+        moe.huggingface.RoutedEncoderModel(deep).train()(IDS, output_hidden_states=True)
     config = moe.huggingface.RoutedEncoderConfig(encoder=ENCODER, num_labels=3, problem_type="regression")
     with pytest.raises(UserError, match="num_labels 3; a model predicts one number here"):
         moe.huggingface.RoutedEncoderForSequenceClassification(config)
