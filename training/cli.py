@@ -100,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", type=Path, help="write every figure here as well")
     plan.set_defaults(run=_plan)
 
+    export = commands.add_parser("export", help="write a model for other libraries, checked, with a model card")
+    export.add_argument("model", type=Path, help="a model's folder, such as runs/demo/model")
+    export.add_argument("out", type=Path, help="a folder that isn't there yet")
+    export.add_argument("--format", choices=["huggingface", "onnx"], required=True, help="for whom")
+    export.set_defaults(run=_export)
+
     launch = commands.add_parser("launch", help="run a moe command on several processes")
     launch.add_argument("--ranks", type=int, help="processes on each machine (default: one per GPU)")
     launch.add_argument("--hostfile", type=Path, help="machines to start it on by ssh, one 'name slots=N' a line")
@@ -210,6 +216,14 @@ def _plan(options: argparse.Namespace) -> int:
             options.json.write_text(json.dumps(as_json(sheet), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write {options.json}: {error.strerror}; choose another --json") from error
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from moe.export.folder import export
+
+    checked = export(options.model, options.out, options.format)
+    print(f"{options.out}: {checked}")
     return 0
 
 
