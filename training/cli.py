@@ -5,9 +5,10 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from training.process import end_forks_with_parent, end_with_parent, launched, quiet_torch, tune_cpu
 
@@ -16,6 +17,10 @@ end_forks_with_parent()
 
 with quiet_torch() if sys.argv[1:2] == ["launch"] else nullcontext():  # what befalls a launcher is told in a line
     from routing.errors import UserError
+
+if TYPE_CHECKING:
+    from training.config import RunConfig
+    from training.finetune.config import FinetuneConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,6 +59,27 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("config", type=Path, help="a run's YAML file, such as configs/demo.yaml")
     pretrain.add_argument("overrides", nargs="*", metavar="a.b=value", help="values in place of the file's")
     pretrain.set_defaults(run=_pretrain)
+
+    finetune = commands.add_parser("finetune", help="train a pre-trained model for a task")
+    finetune.add_argument("config", type=Path, help="a fine-tuning's YAML file, such as configs/finetune-pos.yaml")
+    finetune.add_argument("overrides", nargs="*", metavar="a.b=value", help="values in place of the file's")
+    finetune.set_defaults(run=_finetune)
+
+    evaluate = commands.add_parser("evaluate", help="measure a fine-tuned model on labelled examples")
+    evaluate.add_argument("model", type=Path, help="its folder")
+    evaluate.add_argument("--data", required=True, help="a file of examples: .jsonl, .csv, .tsv or .parquet")
+    evaluate.add_argument("--json", type=Path, help="write the metrics here as well")
+    predict = commands.add_parser("predict", help="let a fine-tuned model answer, line by line")
+    predict.add_argument("model", type=Path, help="its folder")
+    predict.add_argument("--data", type=Path, required=True, help="JSON lines, a row each")
+    predict.add_argument("--out", type=Path, required=True, help="the same lines with a `prediction` each")
+    for command, function in ((evaluate, _evaluate), (predict, _predict)):
+        command.add_argument("--exit-threshold", type=float, metavar="X", help="in place of that of the model's exits")
+        command.add_argument("--tokens", type=int, default=8192, help="tokens at a time, at most (default 8192)")
+        command.add_argument(
+            "overrides", nargs="*", metavar="a.b=value", help="how rows are read: task.text=sentence, max_length=256"
+        )
+        command.set_defaults(run=function)
 
     checkpoint = commands.add_parser("checkpoint", help="look after checkpoints")
     verify = checkpoint.add_subparsers(dest="action", required=True).add_parser(
@@ -122,14 +148,47 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # before training starts, the same as Ctrl-C
+    def work() -> int:
+        from training.config import load_run_config  # heavy imports wait until they are needed
+
+        run = load_run_config(options.config, options.overrides)
+        from training.pretrain import pretrain
+
+        spoilt = (
+            f"It stopped and saved nothing of that; checkpoints in {run.run_dir}/checkpoints, if there are any, are "
+            "from before. Lower optimizer.lr, or raise the schedule's warmup, and start a new run_dir"
+        )
+        return _train(options, run, lambda: pretrain(run), spoilt)
+
+    return _interruptible(work, "pretrain", "goes on from the last checkpoint, or begins if there is none")
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    def work() -> int:
+        from training.config import load_config
+        from training.finetune.config import FinetuneConfig
+
+        run = load_config(options.config, options.overrides, FinetuneConfig)
+        from training.finetune.finetune import finetune
+
+        spoilt = (
+            f"It stopped and saved nothing of that; seeds that are finished stand in {run.run_dir}. Lower "
+            "optimizer.lr, or raise optimizer.warmup, and start a new run_dir"
+        )
+        return _train(options, run, lambda: finetune(run), spoilt)
+
+    return _interruptible(work, "finetune", "repeats no seed that is finished")
+
+
+def _interruptible(work: Callable[[], int], command: str, next_time: str) -> int:
+    """Before training starts, SIGTERM is the same as Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _pretrain_until_interrupted(options)
+        return work()
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print(
-                "moe pretrain: interrupted, and nothing was saved of this; the same command goes on from the last "
-                "checkpoint, or begins if there is none",
+                f"moe {command}: interrupted, and nothing was saved of this; the same command {next_time}",
                 file=sys.stderr,
             )
         return 130
@@ -137,40 +196,69 @@ def _pretrain(options: argparse.Namespace) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def _pretrain_until_interrupted(options: argparse.Namespace) -> int:
-    from training.config import load_run_config  # heavy imports wait until they are needed
+def _train(
+    options: argparse.Namespace, run: "RunConfig | FinetuneConfig", work: Callable[[], object], spoilt: str
+) -> int:
+    """Do a run's work on this rank, and tell of a failure once.
 
-    run = load_run_config(options.config, options.overrides)
+    Args:
+        spoilt: what to know of a run whose loss isn't finite any more.
+    """
     from training.engine import FailedElsewhere, stop_processes
     from training.launch.agent import refuse_losing_restarts
     from training.launch.failure import explain, tells
-    from training.pretrain import pretrain
     from training.step import NonFiniteLoss
 
     try:
         if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
             refuse_losing_restarts(run)
-        pretrain(run)
+        work()
     except FailedElsewhere:
         return 2
     except Exception as error:
         if not tells(error):
             return 2 if isinstance(error, UserError) else 1
         if isinstance(error, NonFiniteLoss):
-            print(
-                f"moe pretrain: training is not finite any more ({error}). It stopped and saved nothing of that; "
-                f"checkpoints in {run.run_dir}/checkpoints, if there are any, are from before. Lower optimizer.lr, or "
-                "raise the schedule's warmup, and start a new run_dir",
-                file=sys.stderr,
-            )
+            print(f"moe {options.command}: training is not finite any more ({error}). {spoilt}", file=sys.stderr)
             return 1
         if isinstance(error, UserError) or "RANK" not in os.environ:
             raise
-        print(f"moe pretrain: {explain(error)}", file=sys.stderr)
+        print(f"moe {options.command}: {explain(error)}", file=sys.stderr)
         return 1
     finally:
         stop_processes()
     return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from training.answers import evaluate_file
+
+    metrics = evaluate_file(options.model, options.data, options.tokens, options.overrides, options.exit_threshold)
+    console = Console(soft_wrap=True)
+    for name, value in metrics.items():
+        console.print(f"{name:20}{value:.4f}")
+    if options.json:
+        _write_json(options.json, metrics)
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from training.answers import predict_file
+
+    count = predict_file(
+        options.model, options.data, options.out, options.tokens, options.overrides, options.exit_threshold
+    )
+    print(f"{count:,} prediction(s): {options.out}")
+    return 0
+
+
+def _write_json(path: Path, value: object) -> None:
+    try:
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another --json") from error
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -212,10 +300,7 @@ def _plan(options: argparse.Namespace) -> int:
     sheet = make_sheet(run, options.gpus, gpu, options.efficiency)
     print_sheet(sheet, Console())
     if options.json:
-        try:
-            options.json.write_text(json.dumps(as_json(sheet), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {options.json}: {error.strerror}; choose another --json") from error
+        _write_json(options.json, as_json(sheet))
     return 0
 
 
@@ -228,7 +313,8 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    from training.config import load_run_config
+    from training.config import RunConfig, load_config
+    from training.finetune.config import FinetuneConfig
     from training.launch.launch import Launch, launch, rendezvous, variables
 
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
@@ -237,11 +323,14 @@ def _launch(options: argparse.Namespace) -> int:
     if words[0] == "launch":
         raise UserError("launch can't launch itself; say what to run, such as: -- pretrain CONFIG.yaml")
     command = _parse(words)
-    if command.run is not _pretrain:
+    kinds: dict[str, type[RunConfig] | type[FinetuneConfig]] = {"pretrain": RunConfig, "finetune": FinetuneConfig}
+    if command.command not in kinds:
         raise UserError(
             f"{words[0]} is no work for several ranks, which would each do all of it; run: moe {' '.join(words)}"
         )
-    run = load_run_config(command.config, command.overrides)  # a mistake is told once, not by every rank
+    run = load_config(
+        command.config, command.overrides, kinds[command.command]
+    )  # a mistake is told once, not by every rank
     meeting = rendezvous(options.nodes, options.rendezvous, options.last_call)
     return launch(
         Launch(options.ranks, words, variables(options.env), options.hostfile, meeting, options.restarts), run

@@ -15,7 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from routing import RoutingReport, RoutingStats, add_stats, report
+from moe.heads import MaskedLM
+from moe.tasks.model import TaskModel
+from routing import Learned, Measured, RoutingReport, RoutingStats, TakeBest, add_stats, report
 from routing.errors import UserError
 from training.evaluate import Evaluation
 from training.step import StepResult
@@ -26,7 +28,8 @@ class RunLog:
 
     Loads are reported of the last step and of the window since the last report: experts that take turns
     look balanced over a window. `by_design` names the routers whose load isn't to be balanced, because they choose
-    the same for all input or a fixed share of it: of them neither balance nor dead choices are told.
+    the same for all input or a fixed share of it: of them neither balance nor dead choices are told. `loss` is the part
+    of the loss that the console shows.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class RunLog:
         max_steps: int,
         console: Console,
         by_design: Collection[str] = (),
+        loss: str = "masked_lm",
     ) -> None:
         try:
             self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
@@ -46,6 +50,7 @@ class RunLog:
         self._every = every
         self._console = console
         self._by_design = by_design
+        self._loss = loss
         self._window: list[StepResult] = []
         self._seconds: list[float] = []  # of the window's steps
         self._lr = 0.0
@@ -87,16 +92,20 @@ class RunLog:
                 self._write_window()
             self._window, self._seconds = [], []
 
-    def evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Record a held-out evaluation."""
+    def evaluation(self, step: int, evaluation: Evaluation, metrics: Mapping[str, float] | None = None) -> None:
+        """Record a held-out evaluation, and a task's metrics there."""
+        scores = metrics or {}
         with self._recording():
             self._writer.add_scalar("loss/held_out", evaluation.loss, step)
+            for name, value in scores.items():
+                self._writer.add_scalar(f"held_out/{name}", value, step)
             reports = {name: report(stats) for name, stats in evaluation.routing.items()}
             for name, figures in reports.items():
                 self._write_report("routing_held_out", name, figures, step)
             if reports:
                 self._writer.add_image("routing_held_out/load", load_image(reports), step, dataformats="HWC")
-        self._console.print(f"step {step}: held-out loss {evaluation.loss:.4f}")
+        told = "".join(f"  {name} {value:.4f}" for name, value in scores.items())
+        self._console.print(f"step {step}: held-out loss {evaluation.loss:.4f}{told}")
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -112,7 +121,7 @@ class RunLog:
         last = self._window[-1]
         worst = worst_balance(last.routing, self._by_design)
         balance = "" if worst is None else f"  worst max/mean {worst:.2f}"
-        return f"loss {last.parts['masked_lm']:.3f}  {self._tokens_per_second():,.0f} tokens/s{balance}"
+        return f"loss {last.parts[self._loss]:.3f}  {self._tokens_per_second():,.0f} tokens/s{balance}"
 
     def _tokens_per_second(self) -> float:
         """Over the window, of optimizer steps alone."""
@@ -120,8 +129,9 @@ class RunLog:
 
     def _write_window(self) -> None:
         last, step = self._window[-1], self._step
-        for name in last.parts:
-            value = float(np.mean([result.parts[name] for result in self._window]))
+        for name in dict.fromkeys(name for result in self._window for name in result.parts):
+            # Exits that are trained in every other step have a loss in those alone.
+            value = float(np.mean([result.parts[name] for result in self._window if name in result.parts]))
             self._writer.add_scalar(f"loss/{name}", value, step)
         self._writer.add_scalar("optimizer/learning_rate", self._lr, step)
         self._writer.add_scalar("optimizer/gradient_norm", last.grad_norm, step)
@@ -138,6 +148,13 @@ class RunLog:
         scalars |= {f"load/{choice:03d}": share for choice, share in enumerate(figures.load)}
         for figure, value in scalars.items():
             self._writer.add_scalar(f"{view}/{name}/{figure}", value, step)
+
+
+def routed_by_design(model: MaskedLM | TaskModel) -> set[str]:
+    """Routers whose load isn't to be balanced: the same choices or shares for all input, or exits."""
+    fixed = Learned | Measured | TakeBest
+    exits = {f"{layer}.exit" for layer in model.exits}
+    return exits | {name for name, router in model.encoder.routers().items() if isinstance(router, fixed)}
 
 
 def worst_balance(routing: Mapping[str, RoutingStats], by_design: Collection[str] = ()) -> float | None:

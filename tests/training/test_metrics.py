@@ -81,6 +81,13 @@ def test_experts_that_take_turns_look_collapsed_in_a_step_and_balanced_in_the_wi
     assert "worst max/mean 2.00" in printed(console)
 
 
+def test_a_part_that_only_some_steps_have_is_the_mean_of_those(tmp_path: Path, console: Console) -> None:
+    with RunLog(tmp_path, every=3, first_step=0, max_steps=9, console=console) as log:
+        for step, early in enumerate(({"exit_0": 4.0}, {}, {"exit_0": 6.0}, {}, {}, {}), start=1):
+            log.step(step, result(1.0, [4, 4])._replace(parts={"masked_lm": 1.0, **early}), lr=1.0, seconds=1.0)
+    assert scalars(tmp_path)["loss/exit_0"] == [(3, 5.0)]
+
+
 def test_routers_whose_load_is_by_design_are_not_unbalanced(tmp_path: Path, console: Console) -> None:
     routing = {"0.heads": stats([0, 8, 0, 0]), "0.experts": stats([6, 2])}
     only = {"0.heads": routing["0.heads"]}

@@ -343,7 +343,7 @@ def test_a_non_finite_loss_leaves_the_parameters_alone(
 
     monkeypatch.setattr(step, "share_of_loss", broken)
     with pytest.raises(step.NonFiniteLoss, match="z = nan"):
-        step.train_step(engine, stream.next_step(), MaskedLMObjective(run.objective), alone)
+        step.train_step(engine, stream.next_step(), MaskedLMObjective(run.model.depth, run.objective), alone)
     for name, tensor in whole_parameters(engine):
         assert torch.equal(tensor, before[name]), name
 
