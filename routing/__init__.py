@@ -29,6 +29,7 @@ from routing.losses import (
     totals_of,
     z_loss,
 )
+from routing.recorder import Recorded, RoutingRecorder
 from routing.router import ExpertChoice, Hash, Learned, Measured, Router, Threshold, TokenChoice, build_router, route
 from routing.stats import RoutingReport, add_stats, load, max_over_mean, report, summarize
 from routing.types import Routing, RoutingStats, Tokens
@@ -48,10 +49,12 @@ __all__ = [
     "LearnedConfig",
     "Measured",
     "MeasuredConfig",
+    "Recorded",
     "Router",
     "RouterConfig",
     "Routing",
     "RoutingLossConfig",
+    "RoutingRecorder",
     "RoutingReport",
     "RoutingStats",
     "RoutingTotals",
