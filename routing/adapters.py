@@ -67,8 +67,9 @@ class _Transformers:
             routing = _switch(*output)
         else:
             routing = _top_k(*output)
-        fields = (field.detach()[rows] for field in routing[:5])
-        return Read(Routing(*fields, most_kept=len(rows) * routing.choices.shape[1]), tokens, x.view(-1, width)[rows])
+        logits, probs, choices, weights, kept = (field.detach()[rows] for field in routing[:5])
+        routing = Routing(logits, probs, choices, weights, kept, choices.numel())
+        return Read(routing, tokens, x.reshape(-1, width)[rows])
 
     def _tokens(self, name: str, x: Tensor) -> tuple[Tensor, Tokens]:
         """Which places `[B, L]` are real, and their tokens; ids are -1 where the model was given none."""

@@ -213,8 +213,8 @@ def _listen_to(model: nn.Module) -> Listened:
 
 def _ours(name: str, args: tuple[Any, ...], output: Any) -> Recorded:
     x, tokens = args
-    fields = (field.detach() if isinstance(field, Tensor) else field for field in output)
-    return Recorded(Routing(*fields), tokens, x.detach())
+    logits, probs, choices, weights, kept = (field.detach() for field in output[:5])
+    return Recorded(Routing(logits, probs, choices, weights, kept, output.most_kept), tokens, x.detach())
 
 
 def _as_arrays(number: int, recorded: Recorded) -> Arrays:

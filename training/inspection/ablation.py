@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class Switch(NamedTuple):
     """Something that can be switched off: one whose output projection is a slice of a parameter."""
 
     layer: int
-    routes: str  # "experts" or "heads"
+    routes: Literal["experts", "heads"]
     routed: bool
     choices: list[int]
     slices: Callable[[int], Tensor]  # a choice's weights, as a view
@@ -74,7 +74,7 @@ def ablate(
                     done += 1
                     tell(done, todo)
                 router = f"{layer}.{switch.routes}" if switch.routed else None
-                found.append(Switched(layer=layer, routes=switch.routes, router=router, choices=earned))  # type: ignore[arg-type]
+                found.append(Switched(layer=layer, routes=switch.routes, router=router, choices=earned))
             states = [_through(block, x, batch) for x, batch in zip(states, batches, strict=True)]
     return Ablation(
         sequences=len(sequences),

@@ -7,7 +7,7 @@ import numpy as np
 
 from training.inspection.figures import matrix
 from training.inspection.sample import Sampled
-from training.inspection.schema import Agreement, Drift, Flow, Path, Paths, PointRouter
+from training.inspection.schema import Agreement, Drift, Flow, Paths, PointRouter, Way
 from training.inspection.words import entropy, rounded
 
 TOP_PATHS = 20
@@ -36,7 +36,7 @@ def paths(routers: dict[str, int], sample: Sampled, texts: list[str]) -> list[Pa
             continue
         columns = [list(routers).index(name) for name in members]
         ways, way_of, counts = np.unique(sample.best[:, columns], axis=0, return_inverse=True, return_counts=True)
-        whole = (ways >= 0).all(1)  # a token that no choice takes at a layer goes no way there
+        whole = np.all(ways >= 0, axis=1)  # a token that no choice takes at a layer goes no way there
         order = [int(way) for way in np.argsort(-counts, kind="stable") if whole[way]][:TOP_PATHS]
         found.append(
             Paths(
@@ -45,7 +45,7 @@ def paths(routers: dict[str, int], sample: Sampled, texts: list[str]) -> list[Pa
                 tokens=len(sample.ids),
                 distinct=int(whole.sum()),
                 top=[
-                    Path(
+                    Way(
                         choices=ways[way].tolist(),
                         share=rounded(counts[way] / len(sample.ids)),
                         count=int(counts[way]),

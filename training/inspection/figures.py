@@ -120,7 +120,7 @@ def _table(groups: Sequence[str], taken: np.ndarray, tokens: np.ndarray) -> Tabl
     totals = taken.sum(1)
     there = np.flatnonzero(totals)
     return Table(
-        groups=[groups[g] for g in there],
+        groups=[groups[int(g)] for g in there],
         tokens=tokens[there].tolist(),
         share=matrix(taken[there] / totals[there, None]),
     )

@@ -170,7 +170,9 @@ class Flow(Section):
     share: list[list[Share]]  # [E of source][E of target] of all tokens
 
 
-class Path(Section):
+class Way(Section):
+    """One path."""
+
     choices: list[Count]  # a token's best choice at each router
     share: Share
     count: Count
@@ -184,7 +186,7 @@ class Paths(Section):
     routers: list[str]
     tokens: Count  # of the sample
     distinct: Count
-    top: list[Path]  # at most 20, the most frequent first
+    top: list[Way]  # at most 20, the most frequent first
 
 
 class Agreement(Section):
