@@ -22,6 +22,7 @@ from routing.logits import RouterLogits
 from training.config import RunConfig
 from training.data.prepare import prepare
 from training.engine import Ranks, start_processes, stop_processes
+from training.objective import MaskedLMObjective
 from training.pretrain import assemble
 from training.step import train_step
 
@@ -87,7 +88,7 @@ def train_arm(name: str, steps: int, ranks: Ranks) -> tuple[Row, list[float]]:
     loads: list[float] = []
     last: list[dict[str, RoutingStats]] = []
     for step in range(steps):
-        result = train_step(parts.engine, parts.stream.next_step(), run.objective, ranks, step)
+        result = train_step(parts.engine, parts.stream.next_step(), MaskedLMObjective(run.objective), ranks, step)
         loads.append(worst(result.routing))
         if step >= steps - steps // 5:
             last.append(result.routing)

@@ -36,6 +36,7 @@ from moe.heads import MaskedLM
 from training.config import RunConfig, describe_errors
 from training.data.packing import MaskedBatch
 from training.engine import Ranks, build_engine, gather_over_ranks, start_processes
+from training.objective import MaskedLMObjective
 from training.plan.counts import targets_per_sequence
 from training.plan.plan import make_plan
 from training.plan.specs import GPUS
@@ -93,7 +94,7 @@ def measure(run: RunConfig, ranks: Ranks, steps: int) -> dict[str, Tensor]:
         with counted() as record:
             _wait_for_device()
             start = time.perf_counter()
-            train_step(engine, batches, run.objective, ranks, step)
+            train_step(engine, batches, MaskedLMObjective(run.objective), ranks, step)
             _wait_for_device()
             taken = time.perf_counter() - start
         if step >= WARM:

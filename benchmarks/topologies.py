@@ -25,6 +25,7 @@ from training.config import RunConfig
 from training.data.packing import DataPosition, TrainingStream
 from training.data.prepare import prepare
 from training.engine import Ranks, main_first, start_processes
+from training.objective import MaskedLMObjective
 from training.optimizer_state import load_moments
 from training.pretrain import assemble
 from training.resume import read_checkpoint
@@ -87,7 +88,9 @@ def losses(engine: Any, stream: TrainingStream, run: RunConfig, ranks: Ranks, fi
     for step in range(first, first + STEPS):
         for group in engine.optimizer.param_groups:
             group["lr"] = run.optimizer.lr * learning_rate_factor(run.optimizer.schedule, step, run.train.max_steps)
-        found.append(train_step(engine, stream.next_step(), run.objective, ranks, step).parts["masked_lm"])
+        found.append(
+            train_step(engine, stream.next_step(), MaskedLMObjective(run.objective), ranks, step).parts["masked_lm"]
+        )
     return found
 
 

@@ -48,20 +48,24 @@ def updated_center(center: Tensor, input_sum: Tensor, tokens: Tensor, rate: floa
 def updated_buffers(router: nn.Module, stats: RoutingStats, step: int = 0) -> list[tuple[Tensor, Tensor]]:
     """The router's buffers, each with its value for the next optimizer step; for the trainer to copy.
 
+    A router whose parameters are frozen keeps its choices: of its buffers only the noise's step goes on.
+
     Args:
         router: of any kind; those without buffers give none. The noise's step is counted here, whatever `step` is.
         stats: of the whole optimizer step, over all micro-batches and ranks.
         step: 0-based, for rates that change.
     """
-    updates = []
-    if isinstance(router, TokenChoice) and router.selection_bias is not None:
-        assert router.config.selection_bias is not None
-        bias, rate = router.selection_bias, coefficient_at(router.config.selection_bias.rate, step)
-        updates.append((bias, updated_selection_bias(bias, stats.assigned.to(bias.device), rate)))
+    updates: list[tuple[Tensor, Tensor]] = []
     logits = getattr(router, "logits", None)
     if isinstance(logits, RouterLogits) and logits.noise_state is not None:
         state = logits.noise_state
         updates.append((state, state + torch.arange(2, device=state.device)))  # the same key, the next step
+    if not any(parameter.requires_grad for parameter in router.parameters()):
+        return updates
+    if isinstance(router, TokenChoice) and router.selection_bias is not None:
+        assert router.config.selection_bias is not None
+        bias, rate = router.selection_bias, coefficient_at(router.config.selection_bias.rate, step)
+        updates.append((bias, updated_selection_bias(bias, stats.assigned.to(bias.device), rate)))
     if isinstance(logits, RouterLogits) and logits.center is not None:
         assert logits.centring is not None
         center = logits.center

@@ -3,10 +3,10 @@
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from routing.errors import UserError
-from training.config import OptimizerConfig, RunConfig
+from training.config import EngineConfig, OptimizerConfig, ParallelConfig
 from training.expert_parallel import expert_group, shard_experts, whole_of
 
 # DeepSpeed settles its accelerator and log level when it is imported.
@@ -40,6 +40,24 @@ from deepspeed.utils import (
 
 # While the main rank prepares a corpus, which may take hours, the others wait for it.
 PATIENCE = timedelta(hours=12)
+
+
+class Precision(Protocol):
+    @property
+    def precision(self) -> Literal["fp32", "bf16"]: ...
+
+
+class EngineRun(Protocol):
+    """What an engine is to know of a run."""
+
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def train(self) -> Precision: ...
+    @property
+    def parallel(self) -> ParallelConfig: ...
+    @property
+    def engine(self) -> EngineConfig: ...
 
 
 class Ranks(NamedTuple):
@@ -177,7 +195,7 @@ def refuse_difference(text: str, what: str, ranks: Ranks) -> None:
         raise UserError(f"ranks {different} have {what} other than rank 0's; give every machine the same")
 
 
-def deepspeed_config(run: RunConfig, accumulation: int) -> dict[str, Any]:
+def deepspeed_config(run: EngineRun, accumulation: int) -> dict[str, Any]:
     """The DeepSpeed JSON of a run: generated, with `engine.deepspeed` merged over it."""
     # Batch sizes are in tokens here; DeepSpeed only needs to know how many backward passes make a step.
     generated: dict[str, Any] = {
@@ -219,7 +237,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     return [group for group in groups if group["params"]]
 
 
-def refuse_uneven_experts(run: RunConfig, ranks: Ranks) -> None:
+def refuse_uneven_experts(run: EngineRun, ranks: Ranks) -> None:
     """Raise UserError unless the ranks are whole expert-parallel groups."""
     size = run.parallel.expert
     if ranks.world % size:
@@ -261,7 +279,13 @@ def _spread_experts(model: nn.Module, size: int) -> None:
     model.add_module("experts_elsewhere", _ExpertsElsewhere())
 
 
-def build_engine(model: nn.Module, run: RunConfig, accumulation: int, ranks: Ranks) -> Any:
+def build_engine(
+    model: nn.Module,
+    run: EngineRun,
+    accumulation: int,
+    ranks: Ranks,
+    grouped: Callable[[nn.Module, OptimizerConfig], list[dict[str, Any]]] = parameter_groups,
+) -> Any:
     """Wrap the model and AdamW in a DeepSpeed engine. Collective.
 
     The engine averages gradients over ranks and scales nothing else: the training step hands it losses that
@@ -269,6 +293,7 @@ def build_engine(model: nn.Module, run: RunConfig, accumulation: int, ranks: Ran
 
     Args:
         model: whole, with the same weights on all ranks; of its experts this rank's share is kept.
+        grouped: the trained parameters in AdamW's groups, each with a name of its own (`parameter_groups`).
 
     Raises:
         UserError: if DeepSpeed refuses `engine.deepspeed`.
@@ -276,7 +301,7 @@ def build_engine(model: nn.Module, run: RunConfig, accumulation: int, ranks: Ran
     if run.parallel.expert > 1:
         _spread_experts(model, run.parallel.expert)
     model.to(ranks.device)
-    groups = parameter_groups(model, run.optimizer)
+    groups = grouped(model, run.optimizer)
     optimizer = torch.optim.AdamW(
         # Experts that are spread stand in groups of their own, because their partitions and reductions do.
         split_params_into_different_moe_groups_for_optimizer(groups) if run.parallel.expert > 1 else groups,
@@ -298,6 +323,12 @@ def build_engine(model: nn.Module, run: RunConfig, accumulation: int, ranks: Ran
         # where experts are spread (its issues 8475 and 8613).
         engine.clip_fp32_gradients = lambda: None
     return engine
+
+
+def set_learning_rate(engine: Any, lr: float) -> None:
+    """For the next step; a group of parameters may have a multiple of it, its `lr_factor`."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_factor", 1.0)
 
 
 def step_and_norm(engine: Any) -> float:

@@ -11,9 +11,10 @@ from training.checkpoint import Checkpoints
 from training.checkpoint_files import TrainState
 from training.config import RunConfig
 from training.data.packing import StepSource
-from training.engine import Ranks, together
+from training.engine import Ranks, set_learning_rate, together
 from training.evaluate import Evaluation
 from training.metrics import RunLog
+from training.objective import MaskedLMObjective
 from training.process import launched
 from training.schedule import learning_rate_factor
 from training.step import train_step
@@ -68,18 +69,17 @@ def train(
         NonFiniteLoss: of a step that has not been saved.
         UserError: if a checkpoint can't be written, or a stream's document can't be read.
     """
-    max_steps = run.train.max_steps
+    max_steps, objective = run.train.max_steps, MaskedLMObjective(run.objective)
     evaluation = None
     with stop_signals() as request:
         while state.step < max_steps:
             lr = run.optimizer.lr * learning_rate_factor(run.optimizer.schedule, state.step, max_steps)
-            for group in engine.optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(engine, lr)
             start = time.perf_counter()
             stop = request.asked or checkpoints.failed  # a full disk isn't trained on for
             with together():  # a stream's document may be unreadable
                 batches = stream.next_step()
-            result = train_step(engine, batches, run.objective, ranks, state.step, stop)
+            result = train_step(engine, batches, objective, ranks, state.step, stop)
             loss = result.parts["masked_lm"]
             state = state._replace(
                 step=state.step + 1,

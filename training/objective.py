@@ -1,44 +1,144 @@
 """What a step minimises. Losses are sums over targets, divided by the whole step's count."""
 
 from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe.batch import PackedBatch, pack_lengths, to_device
 from moe.heads import MaskedLMOutput
-from routing import RoutingLossConfig, RoutingTotals, routing_loss
+from routing import RoutingLossConfig, RoutingStats, RoutingTotals, routing_loss
+from training.config import ObjectiveConfig
+from training.data.packing import MaskedBatch
 
 
-def masked_lm_objective(
-    output: MaskedLMOutput,
-    targets: Tensor,
-    step_targets: Tensor,
+class Batch(Protocol):
+    """A rank's micro-batch, packed. It may be empty."""
+
+    @property
+    def input_ids(self) -> Tensor: ...  # [T] int64
+    @property
+    def batch(self) -> PackedBatch: ...
+
+
+class Output(Protocol):
+    """What a model makes of it."""
+
+    @property
+    def routing(self) -> dict[str, RoutingStats]: ...
+
+
+BatchT = TypeVar("BatchT", bound=Batch)
+OutputT = TypeVar("OutputT", bound=Output)
+
+
+class Summed(NamedTuple):
+    """A micro-batch's loss before it is divided."""
+
+    loss: Tensor  # [] float32 with its graph, a sum over targets
+    parts: dict[str, Tensor]  # what of it is reported: sums as well, detached
+
+
+class Objective(Protocol[BatchT, OutputT]):
+    """What a model is trained for, besides its routers' own losses.
+
+    `train_step` gives one gradient however its step is cut, if `summed` is a sum over targets, of which each depends on
+    its own sequences alone, or on others that are never cut apart.
+    """
+
+    @property
+    def routing_totals(self) -> Literal["micro_batch", "step"]:
+        """As `ObjectiveConfig.routing_totals`."""
+
+    @property
+    def nothing(self) -> BatchT:
+        """An empty micro-batch."""
+
+    def weight(self, batch: BatchT) -> float:
+        """What a micro-batch counts: its targets, or the sum of their weights."""
+
+    def forward(self, model: Any, batch: BatchT, device: torch.device) -> OutputT:
+        """Run the model, or its engine, on a micro-batch."""
+
+    def target_loss(self, output: OutputT, batch: BatchT) -> Tensor:
+        """`[]` float32, the loss of what the model says in the end, summed over targets: what is evaluated."""
+
+    def summed(self, output: OutputT, batch: BatchT, step: int) -> Summed:
+        """What is trained: `target_loss`, and what else there is. `step` is 0-based, for what changes meanwhile."""
+
+    def routing_losses(self, config: RoutingLossConfig) -> RoutingLossConfig:
+        """The coefficients of a router, where those of the model's config are `config`."""
+
+
+_NONE = torch.zeros(0, dtype=torch.int64)
+
+
+class MaskedLMObjective(NamedTuple):
+    """Mean cross-entropy over the tokens that are to be predicted (BERT, arXiv 1810.04805)."""
+
+    config: ObjectiveConfig = ObjectiveConfig()
+
+    @property
+    def routing_totals(self) -> Literal["micro_batch", "step"]:
+        return self.config.routing_totals
+
+    @property
+    def nothing(self) -> MaskedBatch:
+        return MaskedBatch(_NONE, pack_lengths([]), _NONE, _NONE, _NONE)
+
+    def weight(self, batch: MaskedBatch) -> float:
+        return len(batch.targets)
+
+    def forward(self, model: Any, batch: MaskedBatch, device: torch.device) -> MaskedLMOutput:
+        output: MaskedLMOutput = model(
+            batch.input_ids.to(device, non_blocking=True),
+            batch=to_device(batch.batch, device),
+            target_index=batch.target_index.to(device, non_blocking=True),
+        )
+        return output
+
+    def target_loss(self, output: MaskedLMOutput, batch: MaskedBatch) -> Tensor:
+        return F.cross_entropy(output.logits.float(), batch.targets.to(output.logits.device), reduction="sum")
+
+    def summed(self, output: MaskedLMOutput, batch: MaskedBatch, step: int) -> Summed:
+        loss = self.target_loss(output, batch)
+        return Summed(loss, {"masked_lm": loss.detach()})
+
+    def routing_losses(self, config: RoutingLossConfig) -> RoutingLossConfig:
+        return config
+
+
+def share_of_loss(
+    summed: Summed,
+    routing: Mapping[str, RoutingStats],
+    step_weight: Tensor,
     losses: Mapping[str, RoutingLossConfig],
     totals: Mapping[str, RoutingTotals],
     step: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One micro-batch's share of the step's loss.
 
-    Summed over the step's micro-batches and ranks, the shares give the mean cross-entropy over targets plus, for every
-    router, its losses times their coefficients. How exact that is for each of them says `routing.losses`.
+    Summed over the step's micro-batches and ranks, the shares give the mean loss over targets plus, for every router,
+    its losses times their coefficients. How exact that is for each of them says `routing.losses`.
 
     Args:
-        output: of the model, N targets.
-        targets: `[N]` int64, the tokens to predict.
-        step_targets: `[]`, how many targets the step has, over all micro-batches and ranks.
+        summed: the micro-batch's own loss.
+        routing: its statistics.
+        step_weight: `[]`, what the step's targets count, over all micro-batches and ranks.
         losses: each router's coefficients, by the name of its statistics.
         totals: each router's totals.
         step: 0-based, for coefficients that change.
 
     Returns:
-        The share `[]` float32 with its graph, and its parts, detached and without coefficients: `masked_lm`, and each
-        routing loss that is configured, summed over routers.
+        The share `[]` float32 with its graph, and its parts, detached and without coefficients: those of `summed`, and
+        each routing loss that is configured, summed over routers.
     """
-    cross_entropy = F.cross_entropy(output.logits.float(), targets, reduction="sum")
-    loss = masked_lm = cross_entropy / step_targets.clamp(min=1)
-    parts: dict[str, Tensor] = {"masked_lm": masked_lm.detach()}
-    for name, stats in output.routing.items():
+    weight = torch.where(step_weight > 0, step_weight, 1).float()  # without targets the sum is 0
+    loss = summed.loss / weight
+    parts = {name: part / weight for name, part in summed.parts.items()}
+    for name, stats in routing.items():
         share, shares = routing_loss(stats, losses[name], totals[name], step)
         loss = loss + share
         for part, value in shares.items():

@@ -37,6 +37,7 @@ from training.engine import (
 from training.evaluate import Evaluation, evaluate
 from training.loop import train
 from training.metrics import RunLog, routing_table, worst_balance
+from training.objective import MaskedLMObjective
 from training.optimizer_state import load_moments, on_main_rank, whole_parameters
 from training.resume import Checkpoint, agreed_checkpoint, read_checkpoint, restore_rng
 from training.run_dir import claimed
@@ -92,7 +93,7 @@ def assemble(
             world=ranks.world,
             max_tokens=run.train.evaluation_tokens,
         )
-        return evaluate(engine, batches, ranks)
+        return evaluate(engine, batches, MaskedLMObjective(run.objective), ranks)
 
     return Assembled(engine, stream, evaluate_held_out)
 

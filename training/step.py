@@ -7,13 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe.batch import to_device
-from moe.heads import MaskedLMOutput
 from routing import RoutingStats, RoutingTotals, add_stats, updated_buffers
-from training.config import ObjectiveConfig
-from training.data.packing import MaskedBatch
 from training.engine import Ranks, step_and_norm, sum_over_ranks
-from training.objective import masked_lm_objective
+from training.objective import BatchT, Objective, OutputT, share_of_loss
 
 
 class NonFiniteLoss(RuntimeError):
@@ -31,9 +27,9 @@ class StepResult(NamedTuple):
 
 
 class StepCounts(NamedTuple):
-    """What a step holds, over all its micro-batches and ranks; each `[]` int64."""
+    """What a step holds, over all its micro-batches and ranks; each `[]` int64, but for the weight, float64."""
 
-    targets: Tensor
+    weight: Tensor  # of its targets
     tokens: Tensor
     sequences: Tensor
     stops: Tensor  # ranks that were asked to stop
@@ -41,8 +37,8 @@ class StepCounts(NamedTuple):
 
 def train_step(
     engine: Any,
-    batches: Sequence[MaskedBatch],
-    config: ObjectiveConfig,
+    batches: Sequence[BatchT],
+    objective: Objective[BatchT, OutputT],
     ranks: Ranks,
     step: int = 0,
     stop_requested: bool = False,
@@ -54,27 +50,28 @@ def train_step(
 
     Args:
         batches: this rank's micro-batches; every rank has equally many.
+        objective: what is minimised, besides the routers' own losses.
         step: 0-based, for coefficients that change.
 
     Raises:
         NonFiniteLoss: on all ranks. For a loss, before the parameters are touched; a gradient that overflows under a
             finite loss is known only after the update.
     """
-    counts = _count(batches, stop_requested, ranks)
+    counts = _count(batches, objective, stop_requested, ranks)
     routers = engine.module.encoder.routers()
-    losses = {name: router.config.losses for name, router in routers.items()}
+    losses = {name: objective.routing_losses(router.config.losses) for name, router in routers.items()}
     step_totals = None
-    if config.routing_totals == "step" and len(batches) > 1:
-        step_totals = _totals(_route_only(engine, batches, ranks), counts)
+    if objective.routing_totals == "step" and len(batches) > 1:
+        step_totals = _totals(_route_only(engine, batches, objective, ranks), counts)
     parts: dict[str, Tensor] = {}
     routing: list[dict[str, RoutingStats]] = []
     for i, batch in enumerate(batches):
-        output = forward(engine, batch, ranks)
+        output = objective.forward(engine, batch, ranks.device)
         totals = step_totals or _totals(output.routing, counts)
-        targets = batch.targets.to(ranks.device)
-        loss, shares = masked_lm_objective(output, targets, counts.targets, losses, totals, step)
+        summed = objective.summed(output, batch, step)
+        loss, shares = share_of_loss(summed, output.routing, counts.weight, losses, totals, step)
         routing.append(sum_routing([output.routing]))
-        del output  # logits, and the graph of statistics that no loss uses, needn't outlast forward
+        del output, summed  # logits, and the graph of statistics that no loss uses, needn't outlast forward
         # The engine averages over ranks; the step's loss is the sum of the ranks' shares.
         engine.backward(loss * ranks.world, scale_wrt_gas=False)
         shares["total"] = loss.detach()
@@ -91,16 +88,6 @@ def train_step(
         for buffer, value in updated_buffers(router, stats[name], step):
             buffer.copy_(value)
     return StepResult(values, norm, int(counts.tokens), stats, bool(counts.stops))
-
-
-def forward(engine: Any, batch: MaskedBatch, ranks: Ranks) -> MaskedLMOutput:
-    """Run the model on a packed micro-batch."""
-    output: MaskedLMOutput = engine(
-        batch.input_ids.to(ranks.device, non_blocking=True),
-        batch=to_device(batch.batch, ranks.device),
-        target_index=batch.target_index.to(ranks.device, non_blocking=True),
-    )
-    return output
 
 
 def sum_routing(routings: Sequence[Mapping[str, RoutingStats]]) -> dict[str, RoutingStats]:
@@ -126,14 +113,17 @@ def reduce_over_ranks(
     return values, {name: RoutingStats(*(next(restored) for _ in stats)) for name, stats in routing.items()}
 
 
-def _count(batches: Sequence[MaskedBatch], stop_requested: bool, ranks: Ranks) -> StepCounts:
+def _count(
+    batches: Sequence[BatchT], objective: Objective[BatchT, OutputT], stop_requested: bool, ranks: Ranks
+) -> StepCounts:
     mine = [
-        sum(len(b.targets) for b in batches),
+        sum(objective.weight(b) for b in batches),
         sum(len(b.input_ids) for b in batches),
-        sum(len(b.sequences) for b in batches),
+        sum(len(b.batch.seq_index) for b in batches),
         int(stop_requested),
     ]
-    return StepCounts(*sum_over_ranks(torch.tensor(mine, device=ranks.device)).unbind())
+    weight, *counts = sum_over_ranks(torch.tensor(mine, dtype=torch.float64, device=ranks.device)).unbind()
+    return StepCounts(weight, *(count.long() for count in counts))
 
 
 def _totals(routing: Mapping[str, RoutingStats], counts: StepCounts) -> dict[str, RoutingTotals]:
@@ -148,8 +138,10 @@ def _totals(routing: Mapping[str, RoutingStats], counts: StepCounts) -> dict[str
     }
 
 
-def _route_only(engine: Any, batches: Sequence[MaskedBatch], ranks: Ranks) -> dict[str, RoutingStats]:
+def _route_only(
+    engine: Any, batches: Sequence[BatchT], objective: Objective[BatchT, OutputT], ranks: Ranks
+) -> dict[str, RoutingStats]:
     """What the routers will choose in this step: its forward passes, made in advance with the same random numbers."""
     devices = [ranks.device] if ranks.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
-        return sum_routing([forward(engine, batch, ranks).routing for batch in batches])
+        return sum_routing([objective.forward(engine, batch, ranks.device).routing for batch in batches])

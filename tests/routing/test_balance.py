@@ -106,3 +106,18 @@ def test_rates_may_change_with_the_step() -> None:
     assert_close(moved_bias, updated_selection_bias(bias, stats.assigned, 0.25))
     assert_close(moved_center, updated_center(center, stats.input_sum, stats.tokens, 0.25))
     assert all(torch.equal(buffer, value) for buffer, value in updated_buffers(router, stats, step=9))
+
+
+def test_a_frozen_router_keeps_its_choices_while_its_noise_goes_on() -> None:
+    router = router_of(
+        {
+            "kind": "token_choice",
+            "selection_bias": {"rate": 0.5},
+            "centring": {"rate": 0.25},
+            "noise": {"kind": "jitter", "amount": 0.1},
+        }
+    ).requires_grad_(False)
+    x, tokens = case_of([6, 3])
+    ((state, next_state),) = updated_buffers(router, route(router, x, tokens)[1])
+    assert state is router.logits.noise_state
+    assert next_state.tolist() == [int(state[0]), 1]

@@ -37,6 +37,7 @@ from training.cli import main
 from training.config import RunConfig
 from training.data.packing import DataPosition, TrainingStream
 from training.engine import Ranks
+from training.objective import MaskedLMObjective
 from training.resume import read_checkpoint
 from training.step import NonFiniteLoss, train_step
 
@@ -48,7 +49,7 @@ WAYS = ("background", "foreground")
 
 def train_steps(engine: Any, stream: TrainingStream, run: RunConfig, ranks: Ranks, steps: int) -> None:
     for _ in range(steps):
-        train_step(engine, stream.next_step(), run.objective, ranks)
+        train_step(engine, stream.next_step(), MaskedLMObjective(run.objective), ranks)
 
 
 def no_space(*arguments: Any) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe.heads import MaskedLMOutput
 from routing import RoutingLossConfig, RoutingStats, RoutingTotals
-from training.objective import masked_lm_objective
+from training.objective import MaskedLMObjective, share_of_loss
 
 LOSSES = RoutingLossConfig(balance=0.5, z=0.25)
 
@@ -36,7 +36,9 @@ def share(
         for name, counts in assigned.items()
     }
     losses = dict.fromkeys(assigned, LOSSES)
-    return masked_lm_objective(output, targets, torch.tensor(step_targets), losses, totals, step=0)
+    objective = MaskedLMObjective()
+    summed = objective.summed(output, objective.nothing._replace(targets=targets), 0)
+    return share_of_loss(summed, output.routing, torch.tensor(step_targets), losses, totals, step=0)
 
 
 def logits(*targets: float) -> Tensor:

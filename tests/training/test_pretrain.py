@@ -27,6 +27,7 @@ from training.data.packing import held_out_batches
 from training.data.prepare import prepare
 from training.data.tokenizer import vocabulary
 from training.engine import Ranks
+from training.objective import MaskedLMObjective
 from training.optimizer_state import whole_parameters
 from training.pretrain import pretrain
 from training.resume import find_checkpoint
@@ -334,15 +335,15 @@ def test_a_non_finite_loss_leaves_the_parameters_alone(
     run = RunConfig.model_validate(tiny)
     engine, stream = assemble(run, alone)
     before = {name: tensor.clone() for name, tensor in whole_parameters(engine)}
-    objective = step.masked_lm_objective
+    objective = step.share_of_loss
 
     def broken(*arguments: Any) -> Any:
         loss, parts = objective(*arguments)
         return loss * float("nan"), parts | {"z": parts["z"] * float("nan")}
 
-    monkeypatch.setattr(step, "masked_lm_objective", broken)
+    monkeypatch.setattr(step, "share_of_loss", broken)
     with pytest.raises(step.NonFiniteLoss, match="z = nan"):
-        step.train_step(engine, stream.next_step(), run.objective, alone)
+        step.train_step(engine, stream.next_step(), MaskedLMObjective(run.objective), alone)
     for name, tensor in whole_parameters(engine):
         assert torch.equal(tensor, before[name]), name
 
@@ -355,7 +356,7 @@ def test_a_non_finite_gradient_is_never_saved(
     write_config: Callable[[dict[str, Any]], Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    objective = step.masked_lm_objective
+    objective = step.share_of_loss
     losses = []
 
     def broken(*arguments: Any) -> Any:
@@ -364,7 +365,7 @@ def test_a_non_finite_gradient_is_never_saved(
         # At the third step a finite loss, but its slope is not.
         return (loss + (loss * 0).sqrt() if len(losses) == 3 else loss), parts
 
-    monkeypatch.setattr(step, "masked_lm_objective", broken)
+    monkeypatch.setattr(step, "share_of_loss", broken)
     tiny |= {"parallel": {"zero_stage": stage}, "checkpoint": {"every": 1}}
     assert main(["pretrain", str(write_config(tiny))]) == 1
     assert "(gradient norm = " in capsys.readouterr().err

@@ -34,6 +34,7 @@ from training.engine import (
     stop_processes,
 )
 from training.loop import train
+from training.objective import MaskedLMObjective
 from training.optimizer_state import whole_moments, whole_parameters
 from training.pretrain import assemble as put_together
 from training.pretrain import pretrain, refuse_other_configs
@@ -71,7 +72,7 @@ def record_steps(run: RunConfig, ranks: Ranks, steps: int = 3) -> dict[str, Tens
     losses = []
     try:
         for number in range(steps):
-            result = step.train_step(engine, stream.next_step(), run.objective, ranks, number)
+            result = step.train_step(engine, stream.next_step(), MaskedLMObjective(run.objective), ranks, number)
             losses.append(result.parts["masked_lm"])
     finally:
         step.step_and_norm = original
@@ -138,7 +139,7 @@ def fail_to_save(config: str, out: str) -> None:
         data["parallel"] = {"zero_stage": stage}
         run = RunConfig.model_validate(data)
         engine, stream = assemble(run, ranks)
-        step.train_step(engine, stream.next_step(), run.objective, ranks)
+        step.train_step(engine, stream.next_step(), MaskedLMObjective(run.objective), ranks)
         state = TrainState(6, 0, stream.position, None, [], 0.0, 0.0, "")
 
         def failing(engine: Any = engine, run: RunConfig = run, state: TrainState = state) -> Exception:

@@ -60,6 +60,7 @@ def micro_batch(run: RunConfig) -> MaskedBatch:
 def measured_peak(run: RunConfig, ranks: Any) -> int:
     """Bytes that torch held at once, at most, in building an engine and two steps: the second has the moments."""
     from training.engine import build_engine
+    from training.objective import MaskedLMObjective
     from training.step import train_step
 
     accumulation = run.train.step_tokens // run.train.micro_batch_tokens
@@ -71,7 +72,7 @@ def measured_peak(run: RunConfig, ranks: Any) -> int:
         engine = build_engine(model, run, accumulation, ranks)
         engine.train()
         for step in range(2):
-            train_step(engine, batches, run.objective, ranks, step)
+            train_step(engine, batches, MaskedLMObjective(run.objective), ranks, step)
     assert profiled.profiler is not None
     events: list[tuple[int, int, int]] = []
     pending = list(profiled.profiler.kineto_results.experimental_event_tree())

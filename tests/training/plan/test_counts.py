@@ -16,7 +16,7 @@ from routing import RoutingTotals
 from routing.errors import UserError
 from tests.training.plan.runs import experts, micro_batch, small_run
 from training.config import RunConfig
-from training.objective import masked_lm_objective
+from training.objective import MaskedLMObjective, share_of_loss
 from training.plan.counts import active_parameters, count_parameters, flops_per_token, targets_per_sequence
 
 ROUTED = experts(4, 2, 48, activation="swiglu", shared_width=16, backend="loop")
@@ -81,7 +81,8 @@ def counted_flops(run: RunConfig) -> int:
             name: RoutingTotals(stats.assigned, stats.prob_sum.detach(), count, stats.sequences)
             for name, stats in output.routing.items()
         }
-        loss, _ = masked_lm_objective(output, batch.targets, torch.tensor(len(batch.targets)), losses, totals, 0)
+        summed = MaskedLMObjective().summed(output, batch, 0)
+        loss, _ = share_of_loss(summed, output.routing, torch.tensor(len(batch.targets)), losses, totals, 0)
         loss.backward()
     # Elementwise by nature, but written as a batched product. Recomputation stops before it where nothing follows.
     combine = sum(
