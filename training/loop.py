@@ -76,7 +76,8 @@ def train(
             lr = run.optimizer.lr * learning_rate_factor(run.optimizer.schedule, state.step, max_steps)
             set_learning_rate(engine, lr)
             start = time.perf_counter()
-            stop = request.asked or checkpoints.failed  # a full disk isn't trained on for
+            alarmed = log is not None and log.alarms.stop
+            stop = request.asked or checkpoints.failed or alarmed  # a full disk isn't trained on for
             with together():  # a stream's document may be unreadable
                 batches = stream.next_step()
             result = train_step(engine, batches, objective, ranks, state.step, stop)

@@ -17,8 +17,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from routing import RoutingReport, RoutingStats, add_stats, report
 from routing.errors import UserError
+from training.alarms import Alarms
 from training.evaluate import Evaluation
 from training.step import StepResult
+
+MOST_CURVES = 16  # of one router's choices; the loads of more are one histogram
 
 
 class RunLog:
@@ -26,7 +29,7 @@ class RunLog:
 
     Loads are reported of the last step and of the window since the last report: experts that take turns
     look balanced over a window. `alike` names the routers that choose the same for all input: they leave most choices
-    without a token by design, so of them neither balance nor dead choices are told.
+    without a token by design, so of them neither balance nor dead choices are told. `alarms` watches every step.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class RunLog:
         max_steps: int,
         console: Console,
         alike: Collection[str] = (),
+        alarms: Alarms | None = None,
     ) -> None:
         try:
             self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
@@ -46,6 +50,7 @@ class RunLog:
         self._every = every
         self._console = console
         self._alike = alike
+        self.alarms = alarms or Alarms(None)
         self._window: list[StepResult] = []
         self._seconds: list[float] = []  # of the window's steps
         self._lr = 0.0
@@ -80,6 +85,8 @@ class RunLog:
         self._window.append(result)
         self._seconds.append(seconds)
         self._progress.update(self._task, completed=step, description=self._line())
+        for sentence in self.alarms.step(result.routing):
+            self._console.print(f"step {step}: {sentence}", style="bold red", markup=False, highlight=False)
         if step % self._every == 0:
             if not self._console.is_terminal:
                 self._console.print(f"step {step}: {self._line()}")
@@ -94,6 +101,10 @@ class RunLog:
             reports = {name: report(stats) for name, stats in evaluation.routing.items()}
             for name, figures in reports.items():
                 self._write_report("routing_held_out", name, figures, step)
+            for name, seen in evaluation.seen.items():
+                for figure, value in seen.scalars.items():
+                    self._writer.add_scalar(f"routing_held_out/{name}/{figure}", value, step)
+                self._writer.add_text(f"routing_held_out/{name}/tokens", seen.table, step)
             if reports:
                 self._writer.add_image("routing_held_out/load", load_image(reports), step, dataformats="HWC")
         self._console.print(f"step {step}: held-out loss {evaluation.loss:.4f}")
@@ -133,9 +144,14 @@ class RunLog:
 
     def _write_report(self, view: str, name: str, figures: RoutingReport, step: int) -> None:
         scalars = {"entropy": figures.entropy, "dropped_fraction": figures.dropped_fraction}
+        load = np.array(figures.load)
         if name not in self._alike:
             scalars |= {"max_over_mean": figures.max_over_mean, "dead": figures.dead}
-        scalars |= {f"load/{choice:03d}": share for choice, share in enumerate(figures.load)}
+            scalars |= {"coefficient_of_variation": float(load.std() * len(load)), "load_entropy": _entropy(load)}
+        if len(load) <= MOST_CURVES:
+            scalars |= {f"load/{choice:03d}": share for choice, share in enumerate(figures.load)}
+        else:
+            self._writer.add_histogram(f"{view}/{name}/load_over_mean", load * len(load), step)
         for figure, value in scalars.items():
             self._writer.add_scalar(f"{view}/{name}/{figure}", value, step)
 
@@ -143,6 +159,12 @@ class RunLog:
 def worst_balance(routing: Mapping[str, RoutingStats], alike: Collection[str] = ()) -> float | None:
     """The highest max/mean of the routers, without those that choose the same for all input; None if none is left."""
     return max((report(stats).max_over_mean for name, stats in routing.items() if name not in alike), default=None)
+
+
+def _entropy(load: np.ndarray) -> float:
+    """Of the load over choices, in nats: log E if balanced."""
+    there = load[load > 0]
+    return float(-(there * np.log(there)).sum())
 
 
 def load_image(reports: Mapping[str, RoutingReport]) -> np.ndarray:

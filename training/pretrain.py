@@ -17,6 +17,7 @@ from moe.heads import MaskedLM
 from moe.pretrained import TOKENIZER, load_weights, save_pretrained
 from routing import Learned, Measured, report
 from routing.errors import UserError
+from training.alarms import Alarms
 from training.checkpoint import Checkpoints
 from training.checkpoint_files import TrainState, some
 from training.config import LOCAL, RunConfig, differences
@@ -35,6 +36,7 @@ from training.engine import (
     together,
 )
 from training.evaluate import Evaluation, evaluate
+from training.inspection.live import HeldOutLook
 from training.loop import train
 from training.metrics import RunLog, routing_table, worst_balance
 from training.objective import MaskedLMObjective
@@ -83,6 +85,9 @@ def assemble(
     engine = build_engine(model, run, stream.accumulation, ranks)
     torch.manual_seed(run.seed + 1 + ranks.rank)  # dropout differs between ranks
 
+    looks = ranks.is_main and model.encoder.routers()
+    look = HeldOutLook(model, data.tokenizer, run.model.vocab_size, run.data.max_length) if looks else None
+
     def evaluate_held_out() -> Evaluation:
         batches = held_out_batches(
             data.held_out,
@@ -93,7 +98,9 @@ def assemble(
             world=ranks.world,
             max_tokens=run.train.evaluation_tokens,
         )
-        return evaluate(engine, batches, MaskedLMObjective(run.objective), ranks)
+        with look or nullcontext():
+            found = evaluate(engine, batches, MaskedLMObjective(run.objective), ranks)
+        return found._replace(seen=look.seen()) if look else found
 
     return Assembled(engine, stream, evaluate_held_out)
 
@@ -160,7 +167,8 @@ def pretrain(run: RunConfig) -> Summary | None:
         )
         log, alike = None, _alike(engine.module)
         if ranks.is_main:
-            log = RunLog(folder / "tensorboard", run.log.every, state.step, run.train.max_steps, console, alike)
+            alarms = Alarms(run.log.alarm, alike)
+            log = RunLog(folder / "tensorboard", run.log.every, state.step, run.train.max_steps, console, alike, alarms)
         tokenizer = data.tokenizer.to_str(pretty=True)
         if log and not state.step:
             log.evaluation(0, before)

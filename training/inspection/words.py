@@ -30,13 +30,12 @@ def lifts(by_id: np.ndarray, occurrences: np.ndarray, tokens: int) -> Lifts:
 
     Args:
         by_id: `[V, E]` how often a choice took a word.
-        occurrences: `[V]`.
+        occurrences: `[V]`, none of them 0.
         tokens: their sum.
     """
-    seen = occurrences > 0
-    comparisons = max(1, int(seen.sum()) * by_id.shape[1])
+    comparisons = max(1, by_id.size)
     z = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / comparisons)
-    n = np.maximum(occurrences, 1)[:, None].astype(np.float64)
+    n = occurrences[:, None].astype(np.float64)
     share = by_id / n
     bound = (share + z * z / (2 * n) - z * np.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)) / (1 + z * z / n)
     base = np.maximum(by_id.sum(0) / max(tokens, 1), 1e-12)
@@ -47,22 +46,23 @@ def typical_tokens(
     by_id: np.ndarray, occurrences: np.ndarray, tokens: int, texts: list[str]
 ) -> list[list[TypicalToken]]:
     """Each choice's words of the highest lift, as far as it is certainly above 1; ties go by id."""
-    found = lifts(by_id, occurrences, tokens)
+    seen = np.flatnonzero(occurrences)
+    found = lifts(by_id[seen], occurrences[seen], tokens)
     typical = []
     for choice in range(by_id.shape[1]):
-        order = np.lexsort((np.arange(len(by_id)), -found.low[:, choice]))[:TYPICAL]
+        certain = np.flatnonzero(found.low[:, choice] > 1)
+        order = certain[np.argsort(-found.low[certain, choice], kind="stable")][:TYPICAL]
         typical.append(
             [
                 TypicalToken(
-                    token=texts[i],
-                    id=int(i),
-                    count=int(by_id[i, choice]),
-                    of=int(occurrences[i]),
+                    token=texts[seen[i]],
+                    id=int(seen[i]),
+                    count=int(by_id[seen[i], choice]),
+                    of=int(occurrences[seen[i]]),
                     lift=rounded(found.lift[i, choice]),
                     lift_low=rounded(found.low[i, choice]),
                 )
                 for i in order
-                if found.low[i, choice] > 1
             ]
         )
     return typical
