@@ -41,7 +41,7 @@ def look(attention: nn.Module, x: Tensor, batch: PackedBatch, sample: int) -> Lo
         x: `[T, D]` its input.
         sample: tokens whose heads' outputs are given, about.
     """
-    q, k, v, output = _projected(attention, x, batch)
+    q, k, v, output = projected(attention, x, batch)
     heads = q.shape[1]
     distance, spread = x.new_zeros(heads, dtype=torch.float64), x.new_zeros(heads, dtype=torch.float64)
     queries, several, added = 0, 0, []
@@ -50,7 +50,7 @@ def look(attention: nn.Module, x: Tensor, batch: PackedBatch, sample: int) -> Lo
         length = len(own_q)
         if not length:
             continue
-        p = _probabilities(attention, own_q.transpose(0, 1), own_k.transpose(0, 1))
+        p = probabilities(attention, own_q.transpose(0, 1), own_k.transpose(0, 1))
         if output is not None and queries < sample:
             mixed = (p @ own_v.float().transpose(0, 1)).transpose(0, 1)  # [S, H, C]
             added.append(torch.einsum("shc,hcd->shd", mixed, output.float()))
@@ -67,7 +67,7 @@ def look(attention: nn.Module, x: Tensor, batch: PackedBatch, sample: int) -> Lo
     )
 
 
-def _projected(attention: nn.Module, x: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def projected(attention: nn.Module, x: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Queries and keys as they meet, values `[T, H, C]`, and of routed heads their output matrices `[H, C, D]`."""
     if isinstance(attention, RoutedHeads):
         place = angles_at(batch.positions, attention.query.shape[1], attention.config.positions)
@@ -81,7 +81,7 @@ def _projected(attention: nn.Module, x: Tensor, batch: PackedBatch) -> tuple[Ten
     return q, k, v, None
 
 
-def _probabilities(attention: nn.Module, q: Tensor, k: Tensor) -> Tensor:
+def probabilities(attention: nn.Module, q: Tensor, k: Tensor) -> Tensor:
     """One sequence's `[H, S, C]` -> `[H, S, S]` float32."""
     heads, length, channels = q.shape
     q, k = q.float(), k.float()

@@ -7,18 +7,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from moe.batch import pack_lengths
 from routing import Routing, Tokens
 from training.data.tokenizer import SpecialTokens, Vocabulary
 from training.inspection.collect import places_of
 from training.inspection.counts import PlaceCounts, RouterCounts
+from training.inspection.text import Words
 
 WORDS, LONGEST = 12, 9
 CPU = torch.device("cpu")
 # Ids 0 to 4 are special; 5 to 8 start words and 9 to 11 go on with them.
 VOCABULARY = Vocabulary(WORDS, SpecialTokens(0, 1, 2, 3, 4), np.arange(WORDS) >= 9)
+
+
+def words_of() -> Words:
+    kinds = np.zeros(WORDS, np.int64)
+    return Words(VOCABULARY, [f"w{i}" for i in range(WORDS)], kinds, kinds, ["Latin"])
 
 
 class Stored(NamedTuple):
@@ -129,13 +134,5 @@ def slowly(stored: Stored) -> dict[str, Any]:
     return found
 
 
-def shares_of(counts: Counter[Any]) -> dict[Any, float]:
-    return {key: count / counts.total() for key, count in counts.items()}
-
-
 def entropy_of(counts: Counter[Any]) -> float:
-    return -sum(share * log(share) for share in shares_of(counts).values())
-
-
-def best_of(stored: Stored) -> Tensor:
-    return stored.routing.choices[:, 0]
+    return -sum(count / counts.total() * log(count / counts.total()) for count in counts.values())
