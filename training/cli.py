@@ -87,7 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--max-length", type=_positive, help="tokens of a sequence (default: as in training)")
     inspect.add_argument("--batch-tokens", type=_positive, default=4096, help="tokens at once (default 4096)")
     inspect.add_argument(
-        "--ablate", type=int, default=32, metavar="N", help="sequences to tell with what choices earn; 0: don't (32)"
+        "--ablate",
+        type=int,
+        metavar="N",
+        help="sequences to tell with what choices earn; 0: don't (default: as many as take a fifth of the reading)",
     )
     inspect.set_defaults(run=_inspect)
 

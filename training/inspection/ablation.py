@@ -15,6 +15,7 @@ from moe.batch import to_device
 from moe.block import EncoderBlock
 from moe.experts.layer import MoEFeedForward
 from moe.heads import MaskedLM
+from moe.tasks.model import TaskModel
 from routing import Tokens
 from training.data.masking import MaskingConfig
 from training.data.packing import MaskedBatch, masked_batch
@@ -85,6 +86,11 @@ def ablate(
     )
 
 
+def switchable(model: MaskedLM | TaskModel) -> int:
+    """How many choices there are that could be switched off."""
+    return sum(len(one.choices) for layer in range(len(model.encoder.blocks)) for one in _switches(model, layer))
+
+
 def _masked(
     members: list[tuple[int, np.ndarray]], masking: MaskingConfig, vocabulary: Vocabulary, device: torch.device
 ) -> MaskedBatch:
@@ -107,7 +113,7 @@ def _masked(
     )
 
 
-def _switches(model: MaskedLM, layer: int) -> Iterator[Switch]:
+def _switches(model: MaskedLM | TaskModel, layer: int) -> Iterator[Switch]:
     block = model.encoder.blocks[layer]
     assert isinstance(block, EncoderBlock)
     attention, fed = block.attention, block.feed_forward

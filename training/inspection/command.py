@@ -23,7 +23,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     condition = parse_condition(options.fail_if) if options.fail_if is not None else None
     for path in (options.out, options.json):
         _refuse_unwritable(path)
-    if options.ablate < 0:
+    if options.ablate is not None and options.ablate < 0:
         raise UserError(f"--ablate is {options.ablate}; give a number of sequences, or 0 to leave ablation out")
     stats = inspect(
         Request(

@@ -5,13 +5,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moe.heads import MaskedLM
+from moe.tasks.model import TaskModel
 from routing.errors import UserError
-from training.inspection.ablation import ablate
+from training.inspection.ablation import ablate, switchable
 from training.inspection.across import agreement, drift, flows, paths
 from training.inspection.collect import Collected, collect
 from training.inspection.figures import balance_figures, router_figures
@@ -22,6 +24,7 @@ from training.inspection.text import Document, Text, TextBatch, Words, describe_
 from training.inspection.verdict import verdict
 
 MOST_SWITCHED = 512  # choices that ablation switches off, over all layers
+FEWEST_ABLATED = 8  # sequences
 
 
 Tell = Callable[[str, int, int | None], None]  # (what is done, how much of it, of how much)
@@ -37,7 +40,7 @@ class Request(NamedTuple):
     max_tokens: int | None = None
     max_length: int | None = None  # default: as the model was trained
     batch_tokens: int = 4096
-    ablate: int = 32  # sequences; 0: none
+    ablate: int | None = None  # sequences; 0: none; default: what a fifth of the reading's time allows, 8 to 64
     device: str | None = None  # default: a GPU if there is one
 
 
@@ -56,7 +59,7 @@ def inspect(request: Request, console: Console) -> Stats:
     words = describe_words(opened.tokenizer, opened.model.config.vocab_size)
     with _progress(console) as tell:
         collected = _collect(opened, text, words, request, tell)
-        stats = _stats(opened, text, words, collected, request, tell)
+        stats = stats_of(opened, text, words, collected, request, tell)
         if others:
             stats = stats.model_copy(
                 update={"compare": _compare(opened, others, text, words, collected, request, tell)}
@@ -64,7 +67,7 @@ def inspect(request: Request, console: Console) -> Stats:
     return stats
 
 
-def _stats(opened: Opened, text: Text, words: Words, collected: Collected, request: Request, tell: Tell) -> Stats:
+def stats_of(opened: Opened, text: Text, words: Words, collected: Collected, request: Request, tell: Tell) -> Stats:
     model, encoder, config = opened.model, opened.model.encoder, opened.model.config
     sequences = collected.sequences.sequences()
     close = look_closely(encoder, sequences, collected.counts, words)
@@ -76,8 +79,9 @@ def _stats(opened: Opened, text: Text, words: Words, collected: Collected, reque
     sample = collected.tokens.tokens()
     earned: Ablation | None = None
     notes = []
-    if isinstance(model, MaskedLM) and request.ablate:
-        chosen = sequences[: request.ablate]
+    wanted = affordable(model, sequences, collected.read["tokens"]) if request.ablate is None else request.ablate
+    if isinstance(model, MaskedLM) and wanted:
+        chosen = sequences[:wanted]
         earned = ablate(
             model,
             chosen,
@@ -87,7 +91,7 @@ def _stats(opened: Opened, text: Text, words: Words, collected: Collected, reque
             lambda done, of: tell("switching off", done, of),
         )
         notes.append(f"What choices earn was estimated on {len(chosen)} sequences, {earned.targets:,} targets.")
-    elif request.ablate:
+    elif wanted:
         notes.append("A model for a task has no masked-LM loss, so what choices earn wasn't estimated.")
     if len(sample.ids) < collected.read["tokens"]:
         notes.append(f"Flows, paths and agreement are those of {len(sample.ids):,} tokens, drawn at random.")
@@ -113,6 +117,17 @@ def _stats(opened: Opened, text: Text, words: Words, collected: Collected, reque
         examples=close.examples,
         ablation=earned,
     )
+
+
+def affordable(model: MaskedLM | TaskModel, sequences: list[tuple[int, np.ndarray]], tokens: int) -> int:
+    """Sequences to tell with what choices earn, so that it takes about a fifth of the time of reading so many tokens.
+
+    Switching a choice off costs about as much as reading the sample's tokens once. Below 8 sequences nothing could be
+    told; so of a short text it takes longer.
+    """
+    passes = min(MOST_SWITCHED, switchable(model))
+    filled = np.cumsum([len(ids) for _, ids in sequences])
+    return max(FEWEST_ABLATED, int(np.searchsorted(filled, tokens / 5 / max(passes, 1), side="right")))
 
 
 def _open(path: Path, request: Request) -> Opened:
