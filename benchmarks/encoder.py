@@ -78,7 +78,7 @@ class Ours(nn.Module):
         self.encoder, self.active = Encoder(config), config.num_active_params()
 
     def forward(self, batch: Batch) -> Tensor:
-        states, routing = self.encoder(batch.packed_ids, batch=batch.packed)
+        states, routing, _ = self.encoder(batch.packed_ids, batch=batch.packed)
         balance = sum(balance_loss(stats) for stats in routing.values())
         return states.float().square().mean() + 0.01 * balance
 

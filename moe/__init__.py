@@ -7,7 +7,9 @@ from moe.config import EncoderConfig
 from moe.encoder import Encoder, EncoderOutput
 from moe.heads import MaskedLM, MaskedLMOutput
 from moe.pretrained import from_pretrained, save_pretrained, task_from_pretrained
+from moe.published.load import Published, from_published
 from moe.tasks.model import TaskModel, TaskOutput, with_task
+from moe.upcycling import UpcycleConfig, UpcycleHeadsConfig, difference, upcycle
 
 __all__ = [
     "Encoder",
@@ -16,9 +18,14 @@ __all__ = [
     "MaskedLM",
     "MaskedLMOutput",
     "PackedBatch",
+    "Published",
     "TaskModel",
     "TaskOutput",
+    "UpcycleConfig",
+    "UpcycleHeadsConfig",
+    "difference",
     "from_pretrained",
+    "from_published",
     "pack",
     "pack_lengths",
     "prune_heads",
@@ -27,5 +34,6 @@ __all__ = [
     "select",
     "task_from_pretrained",
     "unpack",
+    "upcycle",
     "with_task",
 ]

@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from routing.sequences import sequence_of_token
+
 
 class PackedBatch(NamedTuple):
     """Where the sequences lie in a packed `[T, ...]` tensor, and where they came from."""
 
     cu_seqlens: Tensor  # [B+1] int32, sequence b is tokens cu_seqlens[b]:cu_seqlens[b+1]
     max_seqlen: int
-    positions: Tensor  # [T] int64, a token's place among the real tokens of its sequence
+    positions: Tensor  # [T] int64, a token's place among the real tokens of its sequence, also those not in this batch
     token_index: Tensor  # [T] int64 into the flat [B*L] grid, for unpack
     seq_index: Tensor  # [B] int64, the original row of each sequence
     shape: tuple[int, int]  # (B, L) of the grid the tokens came from
@@ -111,6 +113,13 @@ def select(batch: PackedBatch, kept: Sequence[int]) -> tuple[PackedBatch, Tensor
         ),
         rows,
     )
+
+
+def places(batch: PackedBatch) -> Tensor:
+    """A token's place among its sequence's tokens in this batch, `[T]` int64; its position if none was left out."""
+    tokens = len(batch.positions)
+    sequence = sequence_of_token(batch.cu_seqlens, tokens)
+    return torch.arange(tokens, device=sequence.device) - batch.cu_seqlens.long()[sequence]
 
 
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:

@@ -27,18 +27,20 @@ class DenseConfig(Config):
     kind: Literal["dense"] = "dense"
     width: int = Field(default=1024, ge=1)  # hidden width; gated activations have two inputs of it
     activation: Activation = "gelu"
+    bias: bool = False  # of both matrices, as published models have it
 
     def check(self, width: int) -> None:
         """Any width will do."""
 
     def num_params(self, width: int) -> int:
-        return hidden_matrices(self.activation) * width * self.width
+        biases = self.bias * (width + input_width(self.width, self.activation))
+        return hidden_matrices(self.activation) * width * self.width + biases
 
     def num_active_params(self, width: int) -> int:
         return self.num_params(width)
 
     def flops_per_token(self, width: int) -> int:
-        return 2 * self.num_params(width)
+        return 2 * hidden_matrices(self.activation) * width * self.width
 
 
 class GroupedDenseConfig(Config):
@@ -94,13 +96,13 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """`down(activate(up(x)))`, without biases."""
+    """`down(activate(up(x)))`."""
 
-    def __init__(self, width: int, hidden: int, activation: Activation) -> None:
+    def __init__(self, width: int, hidden: int, activation: Activation, bias: bool = False) -> None:
         super().__init__()
         self.activation: Activation = activation
-        self.up = nn.Linear(width, input_width(hidden, activation), bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.up = nn.Linear(width, input_width(hidden, activation), bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[.., D]` -> `[.., D]`."""

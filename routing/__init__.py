@@ -15,6 +15,7 @@ from routing.config import (
     RouterConfig,
     RoutingLossConfig,
     SelectionBiasConfig,
+    TakeBestConfig,
     ThresholdConfig,
     TokenChoiceConfig,
 )
@@ -30,7 +31,18 @@ from routing.losses import (
     z_loss,
 )
 from routing.recorder import Recorded, RoutingRecorder
-from routing.router import ExpertChoice, Hash, Learned, Measured, Router, Threshold, TokenChoice, build_router, route
+from routing.router import (
+    ExpertChoice,
+    Hash,
+    Learned,
+    Measured,
+    Router,
+    TakeBest,
+    Threshold,
+    TokenChoice,
+    build_router,
+    route,
+)
 from routing.stats import RoutingReport, add_stats, load, max_over_mean, report, summarize
 from routing.types import Routing, RoutingStats, Tokens
 
@@ -59,6 +71,8 @@ __all__ = [
     "RoutingStats",
     "RoutingTotals",
     "SelectionBiasConfig",
+    "TakeBest",
+    "TakeBestConfig",
     "Threshold",
     "ThresholdConfig",
     "TokenChoice",

@@ -1,12 +1,12 @@
 """What a router has besides parameters, updated once per optimizer step: selection bias, centre, mean score, the
 noise's step."""
 
-import torch
 from torch import Tensor, nn
 
 from routing.learned import Measured
 from routing.logits import RouterLogits
 from routing.losses import coefficient_at
+from routing.noise import next_state
 from routing.router import TokenChoice
 from routing.types import RoutingStats
 
@@ -59,7 +59,7 @@ def updated_buffers(router: nn.Module, stats: RoutingStats, step: int = 0) -> li
     logits = getattr(router, "logits", None)
     if isinstance(logits, RouterLogits) and logits.noise_state is not None:
         state = logits.noise_state
-        updates.append((state, state + torch.arange(2, device=state.device)))  # the same key, the next step
+        updates.append((state, next_state(state)))
     if not any(parameter.requires_grad for parameter in router.parameters()):
         return updates
     if isinstance(router, TokenChoice) and router.selection_bias is not None:

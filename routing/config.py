@@ -335,6 +335,36 @@ class MeasuredConfig(Config):
         return 0
 
 
+class TakeBestConfig(Config):
+    """Of each sequence, choice 0 takes the tokens that want it most, a fixed share of them; choice 1 the others.
+
+    Expert choice (arXiv 2202.09368) of one choice, where not to be taken is a choice too: every token has exactly one.
+    The share is its consumer's to say.
+    """
+
+    kind: Literal["take_best"] = "take_best"
+    noise: NoiseConfig | None = None
+    centring: CentringConfig | None = None
+    losses: RoutingLossConfig = RoutingLossConfig(balance=0.0)  # who takes how many is fixed
+
+    @model_validator(mode="after")
+    def _cannot_be_balanced(self) -> "TakeBestConfig":
+        given = [name for name in ("balance", "importance", "sequence_balance") if getattr(self.losses, name) != 0]
+        if given:
+            raise ValueError(
+                f"losses.{given[0]} would have both choices wanted alike, but how many tokens each takes is fixed, and "
+                "needn't be alike; leave it out (z and entropy may be given)"
+            )
+        return self
+
+    def num_params(self, width: int) -> int:
+        return _logits_params(self.noise, width, 2)
+
+    def flops_per_token(self, width: int) -> int:
+        """At evaluation, so without noise."""
+        return 2 * width * 2
+
+
 RouterConfig = Annotated[
     TokenChoiceConfig | ExpertChoiceConfig | ThresholdConfig | HashConfig | LearnedConfig,
     Field(discriminator="kind"),

@@ -26,6 +26,11 @@ def new_state() -> Tensor:
     return torch.cat([torch.randint(2**63 - 1, (1,)), torch.zeros(1, dtype=torch.int64)])
 
 
+def next_state(state: Tensor) -> Tensor:
+    """Of the next optimizer step: the same key, the next step. A new tensor."""
+    return state + torch.arange(2, device=state.device)
+
+
 def token_keys(tokens: Tokens, state: Tensor) -> Tensor:
     """What each token's noise depends on, mixed: router, step, its sequence's content, and its position there.
 

@@ -15,6 +15,7 @@ from routing.config import (
     LearnedConfig,
     MeasuredConfig,
     RouterConfig,
+    TakeBestConfig,
     ThresholdConfig,
     TokenChoiceConfig,
 )
@@ -126,6 +127,30 @@ class ExpertChoice(nn.Module):
             return Routing(logits, probs, choices, weights, kept, min(bound, choices.numel()))
 
 
+class TakeBest(nn.Module):
+    """Of a sequence's n tokens choice 0 takes the best `ceil(share * n)`, choice 1 all others: K is 1, E is 2.
+
+    Expert choice within a sequence (arXiv 2202.09368, eq. 1-2; of tokens for a block, 2404.02258, section 3.3). Gates
+    are the plain probabilities. Equal tokens: the earlier one is taken.
+    """
+
+    def __init__(self, config: TakeBestConfig, width: int, share: float) -> None:
+        super().__init__()
+        self.config = config
+        self.logits = RouterLogits(width, 2, config.noise, config.centring)
+        self.share = as_written(share)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Routing:
+        """`[T, D]` of any floating dtype -> Routing with K = 1."""
+        logits = self.logits(x, tokens)
+        with torch.autocast(x.device.type, enabled=False):
+            probs = logits.softmax(-1)
+            taken = best_within_sequences(probs[:, :1].detach(), tokens.cu_seqlens, self.share)
+            choices = 1 - taken.long()
+            kept = torch.ones_like(taken)
+            return Routing(logits, probs, choices, probs.gather(1, choices), kept, len(kept))
+
+
 class Threshold(nn.Module):
     """A token takes its best choices until their probabilities reach a threshold (arXiv 2403.07652, eq. 4-5).
 
@@ -177,7 +202,7 @@ class Hash(nn.Module):
         return Routing(logits, logits.softmax(-1), choices, weights, kept, choices.numel())
 
 
-Router = TokenChoice | ExpertChoice | Threshold | Hash | Learned | Measured
+Router = TokenChoice | ExpertChoice | TakeBest | Threshold | Hash | Learned | Measured
 
 
 def build_router(config: RouterConfig | MeasuredConfig, width: int, num_choices: int) -> Router:

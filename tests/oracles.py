@@ -307,16 +307,27 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def mixture(
-    x: Tensor, weights: Tensor, choices: Tensor, kept: Tensor, up: Tensor, down: Tensor, activation: str
+    x: Tensor,
+    weights: Tensor,
+    choices: Tensor,
+    kept: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
     """Token by token, kept choice by kept choice."""
     ups, downs = up.unbind(), down.unbind()  # not up[e]: its backward writes a gradient of all experts
+    up_bias = up.new_zeros(len(up), up.shape[2]) if up_bias is None else up_bias
+    down_bias = down.new_zeros(len(down), down.shape[2]) if down_bias is None else down_bias
     y = []
     for t, token in enumerate(x):
         out = torch.zeros_like(token)
         for k, e in enumerate(choices[t].tolist()):
             if kept[t, k]:
-                out = out + weights[t, k] * (activate(token @ ups[e], activation) @ downs[e])
+                hidden = activate(token @ ups[e] + up_bias[e], activation)
+                out = out + weights[t, k] * (hidden @ downs[e] + down_bias[e])
         y.append(out)
     return torch.stack(y)
 
@@ -325,10 +336,11 @@ def moe_feed_forward(layer: MoEFeedForward, x: Tensor, tokens: Tokens) -> tuple[
     """The shared expert's and the chosen experts' sum."""
     routing, experts = route(layer.router, x, tokens), layer.experts
     chosen = (routing.weights, routing.choices, routing.kept)
-    y = mixture(x, *chosen, experts.up, experts.down, experts.activation)
+    y = mixture(x, *chosen, experts.up, experts.down, experts.activation, experts.up_bias, experts.down_bias)
     if layer.shared is not None:
-        up, down = layer.shared.up.weight, layer.shared.down.weight
-        y = y + torch.stack([down @ activate(up @ token, experts.activation) for token in x])
+        up, down = layer.shared.up, layer.shared.down
+        hidden = [activate(up.weight @ token + (0 if up.bias is None else up.bias), experts.activation) for token in x]
+        y = y + torch.stack([down.weight @ h + (0 if down.bias is None else down.bias) for h in hidden])
     in_sequence = layer.router.config.losses.sequence_balance != 0
     centred = getattr(layer.router.config, "centring", None) is not None
     lengths = tokens.cu_seqlens.diff().tolist() if in_sequence else None

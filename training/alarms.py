@@ -39,12 +39,12 @@ class Alarms:
     """Watches every step's routing. Steps are counted from where this run was started or resumed.
 
     Args:
-        alike: routers that choose the same for all input, and aren't to be balanced.
+        by_design: routers whose load isn't to be balanced.
     """
 
-    def __init__(self, config: TellAlarm | StopAlarm | None, alike: Collection[str] = ()) -> None:
+    def __init__(self, config: TellAlarm | StopAlarm | None, by_design: Collection[str] = ()) -> None:
         self._config = config
-        self._alike = alike
+        self._by_design = by_design
         self._steps: dict[str, int] = {}  # on end, above the limit
         self.stop = False  # whether the run is to stop
 
@@ -54,7 +54,7 @@ class Alarms:
             return []
         told = []
         for name, stats in routing.items():
-            if name in self._alike:
+            if name in self._by_design:
                 continue
             value, limit = max_over_mean(stats.assigned), limit_of(stats, self._config.max_over_mean)
             before = self._steps.get(name, 0)

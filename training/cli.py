@@ -62,6 +62,35 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("folder", type=Path, help="a checkpoint's folder, or a run's for all of its checkpoints")
     verify.set_defaults(run=_verify)
 
+    upcycle = commands.add_parser("upcycle", help="make a dense encoder a routed one that gives the same outputs")
+    upcycle.add_argument("dense", type=Path, help="a folder of transformers' or of ours")
+    upcycle.add_argument("out", type=Path, help="folder for the routed model")
+    upcycle.add_argument("--experts", type=int, required=True, help="of each layer that becomes routed")
+    upcycle.add_argument("--top-k", type=int, required=True, help="experts of a token")
+    upcycle.add_argument("--granularity", type=int, default=1, help="cut networks into so many experts (default 1)")
+    upcycle.add_argument(
+        "--shared", type=int, default=0, dest="shared_width", metavar="UNITS", help="hidden units all tokens pass (0)"
+    )
+    upcycle.add_argument("--layers", help="every:2, every:2:1 or 0,2,5 (default: all)")
+    upcycle.add_argument("--heads", choices=["routed"], help="attention heads become routed heads as well")
+    heads = upcycle.add_argument_group("with --heads routed")
+    heads.add_argument(
+        "--routed-heads-top-k", type=int, dest="heads_top_k", metavar="K", help="of a token (all routed)"
+    )
+    heads.add_argument("--routed-heads-shared", type=int, default=0, dest="heads_shared", metavar="S", help="always on")
+    heads.add_argument(
+        "--routed-heads-router",
+        choices=["token_choice", "learned"],
+        default="token_choice",
+        dest="heads_router",
+        help="each token chooses (default), or one choice for all is learned",
+    )
+    heads.add_argument("--routed-heads-layers", dest="heads_layers", metavar="LAYERS", help="as --layers (the same)")
+    upcycle.add_argument("--data", type=Path, help="text, one sequence a line, to compare outputs on as well")
+    upcycle.add_argument("--inexact", action="store_true", help="write it though outputs differ; the error is printed")
+    upcycle.add_argument("--seed", type=int, default=0, help="of the routers' weights (default 0)")
+    upcycle.set_defaults(run=_upcycle)
+
     plan = commands.add_parser("plan", help="what a run would need and how long it would take, computed")
     plan.add_argument("config", type=Path, help="a run's YAML file")
     plan.add_argument("overrides", nargs="*", metavar="a.b=value", help="values in place of the file's")
@@ -185,6 +214,16 @@ def _verify(options: argparse.Namespace) -> int:
             if fault.tensors:
                 console.print(Text(f"    tensors: {some(fault.tensors, 10)}"))
     return int(any(faults for _, faults in verdicts))
+
+
+def _upcycle(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from training.upcycle import Request, run_upcycle
+
+    request = Request(**{name: getattr(options, name) for name in Request._fields})
+    run_upcycle(request, Console(soft_wrap=True, highlight=False))
+    return 0
 
 
 def _plan(options: argparse.Namespace) -> int:

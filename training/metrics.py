@@ -28,8 +28,9 @@ class RunLog:
     """Collects step results, and every `every` steps writes their figures. Used on the main rank alone.
 
     Loads are reported of the last step and of the window since the last report: experts that take turns
-    look balanced over a window. `alike` names the routers that choose the same for all input: they leave most choices
-    without a token by design, so of them neither balance nor dead choices are told. `alarms` watches every step.
+    look balanced over a window. `by_design` names the routers whose load isn't to be balanced, because they choose
+    the same for all input or a fixed share of it: of them neither balance nor dead choices are told. `alarms`
+    watches every step.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class RunLog:
         first_step: int,
         max_steps: int,
         console: Console,
-        alike: Collection[str] = (),
+        by_design: Collection[str] = (),
         alarms: Alarms | None = None,
     ) -> None:
         try:
@@ -49,7 +50,7 @@ class RunLog:
         self._lost = False  # whether the record could not be written, which doesn't stop a run
         self._every = every
         self._console = console
-        self._alike = alike
+        self._by_design = by_design
         self.alarms = alarms or Alarms(None)
         self._window: list[StepResult] = []
         self._seconds: list[float] = []  # of the window's steps
@@ -121,7 +122,7 @@ class RunLog:
 
     def _line(self) -> str:
         last = self._window[-1]
-        worst = worst_balance(last.routing, self._alike)
+        worst = worst_balance(last.routing, self._by_design)
         balance = "" if worst is None else f"  worst max/mean {worst:.2f}"
         return f"loss {last.parts['masked_lm']:.3f}  {self._tokens_per_second():,.0f} tokens/s{balance}"
 
@@ -145,7 +146,7 @@ class RunLog:
     def _write_report(self, view: str, name: str, figures: RoutingReport, step: int) -> None:
         scalars = {"entropy": figures.entropy, "dropped_fraction": figures.dropped_fraction}
         load = np.array(figures.load)
-        if name not in self._alike:
+        if name not in self._by_design:
             scalars |= {"max_over_mean": figures.max_over_mean, "dead": figures.dead}
             scalars |= {"coefficient_of_variation": float(load.std() * len(load)), "load_entropy": _entropy(load)}
         if len(load) <= MOST_CURVES:
@@ -156,9 +157,9 @@ class RunLog:
             self._writer.add_scalar(f"{view}/{name}/{figure}", value, step)
 
 
-def worst_balance(routing: Mapping[str, RoutingStats], alike: Collection[str] = ()) -> float | None:
-    """The highest max/mean of the routers, without those that choose the same for all input; None if none is left."""
-    return max((report(stats).max_over_mean for name, stats in routing.items() if name not in alike), default=None)
+def worst_balance(routing: Mapping[str, RoutingStats], by_design: Collection[str] = ()) -> float | None:
+    """The highest max/mean of the routers, without those whose load is by design; None if none is left."""
+    return max((report(stats).max_over_mean for name, stats in routing.items() if name not in by_design), default=None)
 
 
 def _entropy(load: np.ndarray) -> float:
@@ -184,15 +185,15 @@ def load_image(reports: Mapping[str, RoutingReport]) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
-def routing_table(routing: Mapping[str, RoutingStats], alike: Collection[str] = ()) -> Table:
-    """One row per router, for the console; of those that are `alike` for all input, only what they choose."""
+def routing_table(routing: Mapping[str, RoutingStats], by_design: Collection[str] = ()) -> Table:
+    """One row per router, for the console; of those whose load is `by_design`, only what they choose."""
     table = Table(title="Routing on held-out text", title_justify="left", box=box.SIMPLE)
     for heading in ("router", "max/mean", "entropy", "dropped", "dead", "load of each, %"):
         table.add_column(heading, justify="left" if heading == "router" else "right")
     for name, stats in routing.items():
         figures = report(stats)
         share = _shares(figures.load)
-        balanced = name not in alike
+        balanced = name not in by_design
         table.add_row(
             name,
             f"{figures.max_over_mean:.2f}" if balanced else "-",

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe.files import write_file
 from moe.heads import MaskedLM
 from moe.pretrained import TOKENIZER, load_weights, save_pretrained
-from routing import Learned, Measured, report
+from routing import Learned, Measured, TakeBest, report
 from routing.errors import UserError
 from training.alarms import Alarms
 from training.checkpoint import Checkpoints
@@ -165,10 +165,17 @@ def pretrain(run: RunConfig) -> Summary | None:
             + (f", resumed from {source}" if source else "")
             + f"\nheld-out loss {before.loss:.4f}, unigram entropy {entropy:.4f} nats"
         )
-        log, alike = None, _alike(engine.module)
+        log, by_design = None, _by_design(engine.module)
         if ranks.is_main:
-            alarms = Alarms(run.log.alarm, alike)
-            log = RunLog(folder / "tensorboard", run.log.every, state.step, run.train.max_steps, console, alike, alarms)
+            log = RunLog(
+                folder / "tensorboard",
+                run.log.every,
+                state.step,
+                run.train.max_steps,
+                console,
+                by_design,
+                Alarms(run.log.alarm, by_design),
+            )
         tokenizer = data.tokenizer.to_str(pretty=True)
         if log and not state.step:
             log.evaluation(0, before)
@@ -181,9 +188,9 @@ def pretrain(run: RunConfig) -> Summary | None:
         if log is None:
             return None
         save_pretrained(engine.module, folder / "model", tokenizer, weights)
-        summary = _summary(state, after, entropy, ranks, alike)
+        summary = _summary(state, after, entropy, ranks, by_design)
         write_file(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-        console.print(routing_table(after.routing, alike) if after.routing else "no routed layer")
+        console.print(routing_table(after.routing, by_design) if after.routing else "no routed layer")
         console.print(
             f"held-out loss {state.initial_eval_loss:.4f} -> {after.loss:.4f} nats; unigram entropy {entropy:.4f}\n"
             f"model: {folder / 'model'}\nsummary: {folder / 'summary.json'}\n"
@@ -239,15 +246,17 @@ def _warn_of_other_sizes(checkpoint: Checkpoint, sizes: Mapping[str, int], conso
         )
 
 
-def _alike(model: MaskedLM) -> set[str]:
-    """Routers that choose the same for all input, so that their load isn't to be balanced."""
-    return {name for name, router in model.encoder.routers().items() if isinstance(router, Learned | Measured)}
+def _by_design(model: MaskedLM) -> set[str]:
+    """Routers whose load isn't to be balanced: the same choices or shares for all input, or exits."""
+    fixed = Learned | Measured | TakeBest
+    exits = {f"{layer}.exit" for layer in model.exits}
+    return exits | {name for name, router in model.encoder.routers().items() if isinstance(router, fixed)}
 
 
-def _summary(state: TrainState, after: Evaluation, entropy: float, ranks: Ranks, alike: set[str]) -> Summary:
+def _summary(state: TrainState, after: Evaluation, entropy: float, ranks: Ranks, by_design: set[str]) -> Summary:
     """Losses in nats per target; routing of the worst layer on held-out text, null without routers.
 
-    Routers that are `alike` for all input don't count as unbalanced.
+    Routers whose load is `by_design` don't count as unbalanced.
     """
     reports = [report(stats) for stats in after.routing.values()]
     return {
@@ -259,7 +268,7 @@ def _summary(state: TrainState, after: Evaluation, entropy: float, ranks: Ranks,
         "initial_eval_loss": state.initial_eval_loss,  # held-out
         "eval_loss": after.loss,
         "unigram_entropy": entropy,
-        "load_max_over_mean": worst_balance(after.routing, alike),
+        "load_max_over_mean": worst_balance(after.routing, by_design),
         "dropped_fraction": max((r.dropped_fraction for r in reports), default=None),
         "world_size": ranks.world,
     }

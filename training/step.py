@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from routing import RoutingStats, RoutingTotals, add_stats, updated_buffers
+from moe.depth import Count
+from moe.heads import MaskedLM
+from moe.tasks.model import TaskModel
+from routing import RoutingStats, RoutingTotals, Tokens, add_stats, updated_buffers
 from training.engine import Ranks, step_and_norm, sum_over_ranks
 from training.objective import BatchT, Objective, OutputT, share_of_loss
 
@@ -31,8 +34,8 @@ class StepCounts(NamedTuple):
 
     weight: Tensor  # of its targets
     tokens: Tensor
-    sequences: Tensor
     stops: Tensor  # ranks that were asked to stop
+    routed: dict[str, Count]  # what each router decides for: fewer tokens than there are in a block that some skip
 
 
 def train_step(
@@ -45,8 +48,9 @@ def train_step(
 ) -> StepResult:
     """Forward, backward and update on this rank's micro-batches of one step. Collective.
 
-    The whole step's targets, tokens and sequences are counted before the first forward, so that every share of the
-    loss is divided by them. What routers have besides parameters is updated once, from the whole step's statistics.
+    The whole step's targets, and what each router will decide for, are counted before the first forward, so that every
+    share of the loss is divided by them. What routers have besides parameters is updated once, from the whole step's
+    statistics.
 
     Args:
         batches: this rank's micro-batches; every rank has equally many.
@@ -57,8 +61,9 @@ def train_step(
         NonFiniteLoss: on all ranks. For a loss, before the parameters are touched; a gradient that overflows under a
             finite loss is known only after the update.
     """
-    counts = _count(batches, objective, stop_requested, ranks)
-    routers = engine.module.encoder.routers()
+    model = engine.module
+    counts = _count(model, batches, objective, stop_requested, ranks)
+    routers = model.routers()
     losses = {name: objective.routing_losses(router.config.losses) for name, router in routers.items()}
     step_totals = None
     if objective.routing_totals == "step" and len(batches) > 1:
@@ -87,6 +92,9 @@ def train_step(
     for name, router in routers.items():
         for buffer, value in updated_buffers(router, stats[name], step):
             buffer.copy_(value)
+    skips = model.encoder.stochastic_depth
+    if skips is not None:
+        skips.noise_state.copy_(skips.updated())
     return StepResult(values, norm, int(counts.tokens), stats, bool(counts.stops))
 
 
@@ -114,26 +122,33 @@ def reduce_over_ranks(
 
 
 def _count(
-    batches: Sequence[BatchT], objective: Objective[BatchT, OutputT], stop_requested: bool, ranks: Ranks
+    model: MaskedLM | TaskModel,
+    batches: Sequence[BatchT],
+    objective: Objective[BatchT, OutputT],
+    stop_requested: bool,
+    ranks: Ranks,
 ) -> StepCounts:
     mine = [
         sum(objective.weight(b) for b in batches),
         sum(len(b.input_ids) for b in batches),
-        sum(len(b.batch.seq_index) for b in batches),
         int(stop_requested),
     ]
-    weight, *counts = sum_over_ranks(torch.tensor(mine, dtype=torch.float64, device=ranks.device)).unbind()
-    return StepCounts(weight, *(count.long() for count in counts))
+    names = list(model.routers())
+    routed = [model.counts(Tokens(b.input_ids, b.batch.cu_seqlens)) for b in batches]
+    mine += [sum(int(n) for n in ns) for name in names for ns in zip(*(counts[name] for counts in routed), strict=True)]
+    weight, *summed = sum_over_ranks(torch.tensor(mine, dtype=torch.float64, device=ranks.device)).unbind()
+    tokens, stops, *pairs = (count.long() for count in summed)
+    return StepCounts(weight, tokens, stops, dict(zip(names, map(Count, pairs[::2], pairs[1::2]), strict=True)))
 
 
 def _totals(routing: Mapping[str, RoutingStats], counts: StepCounts) -> dict[str, RoutingTotals]:
-    """Each router's assignments and probabilities, summed over ranks in one message, beside the step's counts."""
+    """Each router's assignments and probabilities, summed over ranks in one message, beside its counts of the step."""
     if not routing:
         return {}
     fields = [torch.stack([stats.assigned.double(), stats.prob_sum.detach().double()]) for stats in routing.values()]
     pieces = sum_over_ranks(torch.cat(fields, dim=1)).split([field.shape[1] for field in fields], dim=1)
     return {
-        name: RoutingTotals(assigned.long(), prob_sum.float(), counts.tokens, counts.sequences)
+        name: RoutingTotals(assigned.long(), prob_sum.float(), *counts.routed[name])
         for name, (assigned, prob_sum) in zip(routing, pieces, strict=True)
     }
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe.batch import PackedBatch
+from moe.batch import PackedBatch, places
 
 _BLOCK = 16  # rows: fewer are too small a product, more compute too much beside the band
 _SLICE = 64  # rows whose products are summed at once: they and their sums stay in cache
@@ -36,7 +36,7 @@ def rows_around(batch: PackedBatch, taps: int) -> Rows:
     # One more block than a sequence fills: a window of its last block ends before the next sequence begins.
     blocks = (lengths + (block - 1)) // block + 1
     starts = (blocks.cumsum(0) - blocks) * block + taps // 2
-    of_token = starts.repeat_interleave(lengths, output_size=tokens) + batch.positions
+    of_token = starts.repeat_interleave(lengths, output_size=tokens) + places(batch)
     most = (tokens + sequences * (block - 1)) // block + sequences + 1
     token = of_token.new_full((most * block,), tokens)
     return Rows(of_token, token.index_copy(0, of_token, torch.arange(tokens, device=token.device)), block)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from moe.attention.heads import check_heads
 from moe.attention.varlen import Rows, cross_attention
 from moe.attention.window import Window, pairs_in_window, window_attention
-from moe.batch import PackedBatch
+from moe.batch import PackedBatch, places
 from moe.positions.rotary import RotaryConfig, angles_at, turned
 from routing.config import Config
 from routing.types import RoutingStats, Tokens
@@ -91,7 +91,7 @@ class LocalAttention(nn.Module):
     ) -> Tensor:
         """Replace what the global tokens see. Which tokens they are is read, so a GPU is waited for."""
         channels = mixed.shape[2]
-        where = (batch.positions < self.leading).nonzero().squeeze(1)
+        where = (places(batch) < self.leading).nonzero().squeeze(1)
         q = query(x[where]).view(-1, self.heads, channels)
         k, v = key_value(x).view(-1, 2, self.heads, channels).unbind(1)
         q = turned(q, angles_at(batch.positions[where], channels, self.positions))

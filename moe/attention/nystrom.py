@@ -138,7 +138,8 @@ def place_landmarks(batch: PackedBatch, count: int) -> Landmarks:
     smaller = torch.where(lengths > count, (small + 1) * count - lengths, count)  # segments of the smaller size
     edge = smaller * small
     small, smaller, edge = small[sequence], smaller[sequence], edge[sequence]
-    place, past = batch.positions, batch.positions - edge
+    place = torch.arange(tokens, device=device) - cu[sequence]
+    past = place - edge
     segment = torch.where(past < 0, place // small, smaller + past // (small + 1))
     of_token = marks[sequence] + segment
 

@@ -4,9 +4,8 @@ Each function takes a model's tensors by their published names (those of transfo
 below `prefix`, and returns what `load_state_dict` of our layer takes. Biases are there where the published layer has
 them: then ours needs `bias: true`. A tensor that is missing raises KeyError with its name.
 
-These are attention layers (and ConvBERT's grouped feed-forward), not models. Published encoders mostly have a norm with
-a bias behind each sublayer, our blocks one without a bias before it, so a whole BERT can't be reproduced: the norm
-beside a layer stays behind. T5's layers share one bias of distances, which here each layer trains as its own.
+These are attention layers (and ConvBERT's grouped feed-forward); `moe.published` reads whole models. T5's and MPNet's
+layers share one bias of distances, which here each layer trains as its own.
 """
 
 from collections.abc import Mapping
@@ -19,7 +18,22 @@ State = dict[str, Tensor]
 
 def bert_attention(state: Mapping[str, Tensor], prefix: str = "") -> State:
     """`BertAttention` (RoBERTa's, ELECTRA's) -> kind `softmax` with `positions: null`."""
-    return _queries_keys_values(state, f"{prefix}self.") | _linear(state, "output", f"{prefix}output.dense")
+    return _queries_keys_values(state, f"{prefix}self.") | linear(state, "output", f"{prefix}output.dense")
+
+
+def distilbert_attention(state: Mapping[str, Tensor], prefix: str = "") -> State:
+    """`MultiHeadSelfAttention` of DistilBERT -> kind `softmax` with `positions: null`."""
+    qkv = (f"{prefix}{name}_lin" for name in "qkv")
+    return linear(state, "qkv", *qkv) | linear(state, "output", f"{prefix}out_lin")
+
+
+def mpnet_attention(state: Mapping[str, Tensor], prefix: str = "", bias: str = "relative_attention_bias") -> State:
+    """`MPNetAttention` -> kind `softmax` with `positions: {kind: t5}`; `bias` names the table that its layers share."""
+    return (
+        linear(state, "qkv", *(f"{prefix}attn.{name}" for name in "qkv"))
+        | linear(state, "output", f"{prefix}attn.o")
+        | {"core.bias.weight": state[f"{bias}.weight"].clone()}
+    )
 
 
 def t5_attention(state: Mapping[str, Tensor], prefix: str = "") -> State:
@@ -29,10 +43,10 @@ def t5_attention(state: Mapping[str, Tensor], prefix: str = "") -> State:
     layer holds the bias, which all of its layers use: give the others' state that tensor.
     """
     bias = state[f"{prefix}relative_attention_bias.weight"]  # [buckets, H]
-    ours = _linear(state, "qkv", *(f"{prefix}{name}" for name in "qkv"))
+    ours = linear(state, "qkv", *(f"{prefix}{name}" for name in "qkv"))
     q, k, v = ours["qkv.weight"].chunk(3)
     ours["qkv.weight"] = torch.cat([q * (q.shape[0] // bias.shape[1]) ** 0.5, k, v])
-    return ours | _linear(state, "output", f"{prefix}o") | {"core.bias.weight": bias}
+    return ours | linear(state, "output", f"{prefix}o") | {"core.bias.weight": bias}
 
 
 def wav2vec2_bert_attention(state: Mapping[str, Tensor], prefix: str = "") -> State:
@@ -41,8 +55,8 @@ def wav2vec2_bert_attention(state: Mapping[str, Tensor], prefix: str = "") -> St
     Its largest distances to the left and to the right must be equal.
     """
     return (
-        _linear(state, "qkv", *(f"{prefix}linear_{name}" for name in "qkv"))
-        | _linear(state, "output", f"{prefix}linear_out")
+        linear(state, "qkv", *(f"{prefix}linear_{name}" for name in "qkv"))
+        | linear(state, "output", f"{prefix}linear_out")
         | {"core.keys": state[f"{prefix}distance_embedding.weight"]}
     )
 
@@ -53,7 +67,7 @@ def modernbert_attention(state: Mapping[str, Tensor], prefix: str = "") -> State
     Its local layers see `local_attention / 2` tokens to each side: our `window` is its `local_attention`. Rotary
     positions turn the same pairs as ours, with another `theta` in global layers.
     """
-    return _linear(state, "qkv", f"{prefix}Wqkv") | _linear(state, "output", f"{prefix}Wo")
+    return linear(state, "qkv", f"{prefix}Wqkv") | linear(state, "output", f"{prefix}Wo")
 
 
 def longformer_attention(state: Mapping[str, Tensor], prefix: str = "") -> State:
@@ -65,9 +79,9 @@ def longformer_attention(state: Mapping[str, Tensor], prefix: str = "") -> State
     own = f"{prefix}self."
     return (
         _queries_keys_values(state, own)
-        | _linear(state, "global_query", f"{own}query_global")
-        | _linear(state, "global_key_value", f"{own}key_global", f"{own}value_global")
-        | _linear(state, "output", f"{prefix}output.dense")
+        | linear(state, "global_query", f"{own}query_global")
+        | linear(state, "global_key_value", f"{own}key_global", f"{own}value_global")
+        | linear(state, "output", f"{prefix}output.dense")
     )
 
 
@@ -87,9 +101,9 @@ def convbert_attention(state: Mapping[str, Tensor], prefix: str = "") -> State:
     own, span = f"{prefix}self.", f"{prefix}self.key_conv_attn_layer."
     inputs = (f"{own}{name}" for name in ("query", "key", "value", "conv_out_layer"))
     return (
-        _linear(state, "qkv", *inputs)
-        | _linear(state, "span.kernel", f"{own}conv_kernel_layer")
-        | _linear(state, "output", f"{prefix}output.dense")
+        linear(state, "qkv", *inputs)
+        | linear(state, "span.kernel", f"{own}conv_kernel_layer")
+        | linear(state, "output", f"{prefix}output.dense")
         | {
             "span.depthwise": state[f"{span}depthwise.weight"].squeeze(1),  # [D, 1, K]
             "span.pointwise.weight": state[f"{span}pointwise.weight"].squeeze(2),  # [D', D, 1]
@@ -100,14 +114,14 @@ def convbert_attention(state: Mapping[str, Tensor], prefix: str = "") -> State:
 
 def convbert_feed_forward(state: Mapping[str, Tensor], prefix: str = "") -> State:
     """`ConvBertLayer` whose feed-forward is grouped -> feed-forward of kind `grouped`."""
-    return _linear(state, "up", f"{prefix}intermediate.dense") | _linear(state, "down", f"{prefix}output.dense")
+    return linear(state, "up", f"{prefix}intermediate.dense") | linear(state, "down", f"{prefix}output.dense")
 
 
 def _queries_keys_values(state: Mapping[str, Tensor], prefix: str) -> State:
-    return _linear(state, "qkv", *(f"{prefix}{name}" for name in ("query", "key", "value")))
+    return linear(state, "qkv", *(f"{prefix}{name}" for name in ("query", "key", "value")))
 
 
-def _linear(state: Mapping[str, Tensor], ours: str, *theirs: str) -> State:
+def linear(state: Mapping[str, Tensor], ours: str, *theirs: str) -> State:
     """One linear layer of ours with the outputs of theirs, one after another."""
     kinds = ["weight", "bias"] if any(f"{name}.bias" in state for name in theirs) else ["weight"]
     return {f"{ours}.{kind}": torch.cat([state[f"{name}.{kind}"] for name in theirs]) for kind in kinds}

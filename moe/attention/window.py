@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from moe.attention.varlen import choose_kernel, cuda_varlen
 from moe.attention.window_cpu import cpu_window_attention
-from moe.batch import PackedBatch
+from moe.batch import PackedBatch, places
 from routing.sequences import sequence_of_token
 
 
@@ -75,7 +75,7 @@ def _on_grid(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, reach: int, le
     block = max(reach, 32)
     sequences, blocks = len(batch.cu_seqlens) - 1, max(1, -(-max(batch.max_seqlen, leading) // block))
     length, columns = blocks * block, block + 2 * reach
-    place = sequence_of_token(batch.cu_seqlens, len(q)) * length + batch.positions
+    place = sequence_of_token(batch.cu_seqlens, len(q)) * length + places(batch)
 
     def grid(x: Tensor) -> Tensor:  # [B, H, L, C]
         laid = x.new_zeros(sequences * length, *x.shape[1:]).index_copy(0, place, x)

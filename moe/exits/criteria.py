@@ -43,7 +43,7 @@ class ExitSays(NamedTuple):
     """What one exit says of B sequences."""
 
     layer: int
-    logits: Tensor  # [B, C]; of token_classification and question_answering [T, C]; of masked_lm [N, V]
+    logits: Tensor | None  # [B, C]; of token_classification and question_answering [T, C]; of masked_lm [N, V]
     stop: Tensor | None = None  # [B] float32, log-odds of stopping by its router
     temperature: float = 1.0
 
@@ -78,10 +78,11 @@ def score(
     Args:
         criterion: which `check_criterion` has let pass.
         kind: of the outputs.
-        exit_says: with `stop` for the learned criterion.
+        exit_says: with `stop` for the learned criterion, with `logits` for all but that and fixed.
         batch: the B sequences, each of at least one token.
         memory: what was returned at the exit before, of the same sequences; None at the first.
-        owner: `[N]` int64, the sequence of each target, of which each has one; of a masked language model only.
+        owner: the sequence of each row of logits, int64; needed where those are targets `[N]`, of which each sequence
+            has one at least.
 
     Returns:
         `[B]` float32, and what to remember, None where that is nothing.
@@ -94,15 +95,19 @@ def score(
         case LearnedExitConfig():
             assert exit_says.stop is not None, "the exits' config has checked that there are routers"
             return torch.sigmoid(exit_says.stop), None
+    logits = exit_says.logits
+    assert logits is not None, "the others judge what an exit says"
+    match criterion:
         case PatienceConfig():
-            said, owner = _said(kind, exit_says.logits, batch, owner)
+            said, owner = _said(kind, logits, batch, owner)
             if memory is None:
                 return torch.zeros(sequences, device=device), Memory(said, owner, torch.zeros(sequences, device=device))
             same = _same(kind, memory.said, said, criterion.tolerance).float()
             agreed = (memory.agreed + 1) * _least(same, owner, sequences)
             return agreed, Memory(said, owner, agreed)
         case _:
-            rows, owner = distributions(kind, exit_says.logits.float() / exit_says.temperature, batch, owner)
+            scaled = logits.float() if exit_says.temperature == 1 else logits.float() / exit_says.temperature
+            rows, owner = distributions(kind, scaled, batch, owner)
             return _least(confidence(criterion, rows), owner, sequences), None
 
 
@@ -148,7 +153,7 @@ def exit_scores(
         now, memory = score(criterion, kind, says, batch, memory, owner)
         scores.append(now)
     says_something = batch.cu_seqlens.diff() > 0
-    if owner is not None:
+    if kind == "masked_lm" and owner is not None:
         says_something = torch.zeros_like(says_something).index_fill(0, owner, True)
     return torch.stack(scores).masked_fill(~says_something, inf)
 
@@ -170,7 +175,7 @@ def distributions(
             owner = torch.arange(logits.shape[0], device=logits.device).repeat_interleave(logits.shape[1])
             return torch.stack([logits.flatten(), logits.new_zeros(logits.numel())], dim=1), owner
         case "token_classification":
-            return logits, sequence_of_token(batch.cu_seqlens, logits.shape[0])
+            return logits, sequence_of_token(batch.cu_seqlens, logits.shape[0]) if owner is None else owner
         case "question_answering":  # among the tokens of the sequence, which one it starts at, and which one it ends at
             sequence = sequence_of_token(batch.cu_seqlens, logits.shape[0])
             sequences = batch.cu_seqlens.shape[0] - 1

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from moe.feed_forward import Activation, hidden_matrices
+from moe.feed_forward import Activation, DenseConfig
 from routing.config import Config, RouterConfig, TokenChoiceConfig
 
 Backend = Literal["auto", "loop", "torch", "cpu", "triton"]  # of the experts' arithmetic: see moe/experts/mixture.py
@@ -17,6 +17,7 @@ class ExpertsConfig(Config):
     count: int = Field(default=8, ge=1)
     width: int = Field(default=512, ge=1)  # hidden width of one expert
     activation: Activation = "gelu"
+    bias: bool = False  # of both matrices of every expert, the shared one's too
     shared_width: int = Field(default=0, ge=0)  # hidden width of an expert that every token passes; 0: none
     router: RouterConfig = TokenChoiceConfig()
     backend: Backend = "auto"
@@ -29,6 +30,16 @@ class ExpertsConfig(Config):
     def check(self, width: int) -> None:
         """Any width will do."""
 
+    @property
+    def expert(self) -> DenseConfig:
+        """One of them by itself."""
+        return DenseConfig(width=self.width, activation=self.activation, bias=self.bias)
+
+    @property
+    def shared(self) -> DenseConfig | None:
+        """The expert that every token passes."""
+        return self.expert.model_copy(update={"width": self.shared_width}) if self.shared_width else None
+
     def num_params(self, width: int) -> int:
         return self._params(width, experts=self.count)
 
@@ -36,9 +47,10 @@ class ExpertsConfig(Config):
         return self._params(width, experts=self.router.mean_choices(self.count))
 
     def flops_per_token(self, width: int) -> int:
-        matrices = self.num_active_params(width) - self.router.num_params(width, self.count)
-        return 2 * matrices + self.router.flops_per_token(width, self.count)
+        shared = self.shared.flops_per_token(width) if self.shared else 0
+        experts = round(self.router.mean_choices(self.count) * self.expert.flops_per_token(width))
+        return experts + shared + self.router.flops_per_token(width, self.count)
 
     def _params(self, width: int, experts: float) -> int:
-        hidden = round(experts * self.width) + self.shared_width
-        return self.router.num_params(width, self.count) + hidden_matrices(self.activation) * width * hidden
+        shared = self.shared.num_params(width) if self.shared else 0
+        return round(experts * self.expert.num_params(width)) + shared + self.router.num_params(width, self.count)

@@ -24,6 +24,20 @@ class DispatchPlan(NamedTuple):
     kept: Tensor  # [T, K] bool
 
 
+def experts_of_rows(plan: DispatchPlan) -> Tensor:
+    """Whose each row is: `[R]` int64; E for those owned by nobody."""
+    rows = torch.arange(len(plan.assignments), dtype=torch.int32, device=plan.ends.device)
+    return torch.searchsorted(plan.ends, rows, right=True)
+
+
+def gates_of_experts(weights: Tensor, plan: DispatchPlan) -> Tensor:
+    """`[T, K]` gates of kept assignments as `[T, E]`, by expert."""
+    (tokens, top_k), columns = weights.shape, len(plan.ends) + 1  # and nobody's
+    place = plan.assignments // top_k * columns + experts_of_rows(plan)
+    gates = weights.new_zeros(tokens * columns).index_add(0, place, weights.flatten()[plan.assignments])
+    return gates.view(tokens, columns)[:, :-1]
+
+
 def plan_rows(routing: Routing) -> DispatchPlan:
     """The rows that experts will work on: a stable sort of the kept assignments by expert.
 

@@ -40,8 +40,8 @@ class MoEFeedForward(nn.Module):
         super().__init__()
         self.router = build_router(config.router, width, config.count)
         self.experts = Experts(config, width)
-        shared = config.shared_width
-        self.shared = FeedForward(width, shared, config.activation) if shared else None
+        shared = config.shared
+        self.shared = FeedForward(width, shared.width, shared.activation, shared.bias) if shared else None
         self.dispatcher: Dispatcher = dispatch_locally
 
     def forward(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, RoutingStats]:

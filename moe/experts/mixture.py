@@ -9,23 +9,32 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe.experts.config import Backend
 from moe.experts.cpu.build import why_unavailable
 from moe.experts.cpu.mixture import cpu_mixture, serves
-from moe.experts.dispatch import DispatchPlan, combine_rows
+from moe.experts.dispatch import DispatchPlan, combine_rows, experts_of_rows
 from moe.experts.fastest import fastest
 from moe.experts.grouped_linear import GroupedLinear, loop_grouped_linear, torch_grouped_linear
 from moe.experts.triton_mixture import triton_available, triton_mixture
 from moe.feed_forward import Activation, activate
+from moe.precision import in_float32
 from routing.errors import UserError
 
 
 class Mixture(Protocol):
     def __call__(
-        self, x: Tensor, weights: Tensor, plan: DispatchPlan, up: Tensor, down: Tensor, activation: Activation
+        self,
+        x: Tensor,
+        weights: Tensor,
+        plan: DispatchPlan,
+        up: Tensor,
+        down: Tensor,
+        activation: Activation,
+        up_bias: Tensor | None = None,
     ) -> Tensor:
-        """`y_t = sum_k weights_tk down_e(act(up_e(x_t)))` over kept assignments, e = choices_tk.
+        """`y_t = sum_k weights_tk down_e(act(up_e(x_t) + up_bias_e))` over kept assignments, e = choices_tk.
 
         Args:
             x: `[T, D]`.
@@ -34,6 +43,7 @@ class Mixture(Protocol):
             up: `[E, D, P]`, of the dtype of `x` or rounded to it.
             down: `[E, F, D]`, likewise.
             activation: between them.
+            up_bias: `[E, P]`, of any floating dtype; None: none.
 
         Returns:
             `[T, D]` in the dtype of `x`. A dropped assignment adds exactly zero, whatever its row holds.
@@ -49,12 +59,17 @@ def _composed(
     up: Tensor,
     down: Tensor,
     activation: Activation,
+    up_bias: Tensor | None = None,
 ) -> Tensor:
     """Step by step: gather, two grouped products, weighted sum."""
     up, down = up.to(x.dtype), down.to(x.dtype)
     rows = x.index_select(0, plan.assignments // plan.row_of.shape[1])
-    hidden = activate(grouped_linear(rows, up, plan.ends), activation)
-    return combine_rows(grouped_linear(hidden, down, plan.ends), weights, plan)
+    pre = grouped_linear(rows, up, plan.ends)
+    if up_bias is not None:
+        (table,) = in_float32(F.pad(up_bias, (0, 0, 0, 1)))  # and nobody's, whose rows have undefined gradients
+        # A look-up, whose gradient sums an expert's rows in a fixed order on a GPU too.
+        pre = pre + F.embedding(experts_of_rows(plan), table).to(pre.dtype)
+    return combine_rows(grouped_linear(activate(pre, activation), down, plan.ends), weights, plan)
 
 
 # Not closures: a module that holds one can be pickled.
@@ -95,7 +110,13 @@ def choose_mixture(backend: Backend, width: int, hidden: int) -> Mixture:
 
 
 def auto_mixture(
-    x: Tensor, weights: Tensor, plan: DispatchPlan, up: Tensor, down: Tensor, activation: Activation
+    x: Tensor,
+    weights: Tensor,
+    plan: DispatchPlan,
+    up: Tensor,
+    down: Tensor,
+    activation: Activation,
+    up_bias: Tensor | None = None,
 ) -> Tensor:
     """The backend that was measured to be fastest on such a device, for that dtype and number of rows per expert.
 
@@ -111,7 +132,7 @@ def auto_mixture(
         mixture = loop_mixture
     if best == "cpu" and mixture is not cpu_mixture and (reason := why_unavailable()):
         _warn_once(f"experts are slower than they could be, as backend: cpu isn't available: {reason}")
-    return mixture(x, weights, plan, up, down, activation)
+    return mixture(x, weights, plan, up, down, activation, up_bias)
 
 
 @cache

@@ -23,6 +23,7 @@ from moe.feed_forward import Activation
 def _hidden_kernel(
     x,
     up,
+    up_bias,
     assignments,
     ends,
     pre,
@@ -35,6 +36,7 @@ def _hidden_kernel(
     E_CEIL: tl.constexpr,
     GATED: tl.constexpr,
     SILU: tl.constexpr,
+    BIASED: tl.constexpr,
     KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -61,6 +63,11 @@ def _hidden_kernel(
         if GATED:
             value = dot(a, tl.load(place + F, mask=mask, other=0), value, PRECISION)
 
+    if BIASED:
+        bias = up_bias + expert * width + column
+        total += tl.load(bias, mask=inside, other=0)[None, :]
+        if GATED:
+            value += tl.load(bias + F, mask=inside, other=0)[None, :]
     mask = live[:, None] & inside[None, :]
     if KEEP:
         place = pre + row[:, None] * width + column[None, :]
@@ -73,8 +80,10 @@ def _hidden_kernel(
     tl.store(hidden + row[:, None] * F + column[None, :], result, mask=mask)
 
 
-def hidden_rows(x: Tensor, up: Tensor, plan: DispatchPlan, activation: Activation, keep: bool) -> tuple[Tensor, Tensor]:
-    """The experts' hidden layer: `[T, D]`, `[E, D, F']` -> `[R, F]`, and before the activation `[R, F']`.
+def hidden_rows(
+    x: Tensor, up: Tensor, up_bias: Tensor | None, plan: DispatchPlan, activation: Activation, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """The experts' hidden layer: `[T, D]`, `[E, D, F']`, `[E, F']` -> `[R, F]`, and before the activation `[R, F']`.
 
     The second is empty, `[0, F']`, unless it is to be kept.
     """
@@ -86,6 +95,7 @@ def hidden_rows(x: Tensor, up: Tensor, plan: DispatchPlan, activation: Activatio
     _hidden_kernel[grid_of(rows, experts, features)](
         x,
         up,
+        up_bias,
         plan.assignments,
         plan.ends,
         pre,
@@ -96,6 +106,7 @@ def hidden_rows(x: Tensor, up: Tensor, plan: DispatchPlan, activation: Activatio
         bucket_of(rows, experts),
         GATED=gated,
         SILU=activation == "swiglu",
+        BIASED=up_bias is not None,
         KEEP=keep,
         **constants_of(experts, x.dtype),
     )

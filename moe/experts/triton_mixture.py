@@ -34,7 +34,13 @@ def triton_available(device: torch.device) -> str | None:
 
 
 def triton_mixture(
-    x: Tensor, weights: Tensor, plan: DispatchPlan, up: Tensor, down: Tensor, activation: Activation
+    x: Tensor,
+    weights: Tensor,
+    plan: DispatchPlan,
+    up: Tensor,
+    down: Tensor,
+    activation: Activation,
+    up_bias: Tensor | None = None,
 ) -> Tensor:
     """`moe.experts.mixture.Mixture` by fused kernels: deterministic, and nothing waits for the GPU.
 
@@ -45,8 +51,11 @@ def triton_mixture(
     Raises:
         UserError: where `triton_available` gives a reason, and for float64.
     """
-    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, up, down))
-    return _mixture(x, weights.float(), up, down, *plan, activation, differentiated)[0]
+    differentiated = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (x, weights, up, down, up_bias) if t is not None
+    )
+    bias = None if up_bias is None else up_bias.float()
+    return _mixture(x, weights.float(), up, down, bias, *plan, activation, differentiated)[0]
 
 
 @torch.library.custom_op("moe::triton_mixture", mutates_args=())
@@ -55,6 +64,7 @@ def _mixture(
     weights: Tensor,
     up: Tensor,
     down: Tensor,
+    up_bias: Tensor | None,
     assignments: Tensor,
     ends: Tensor,
     row_of: Tensor,
@@ -73,12 +83,21 @@ def _mixture(
     plan = DispatchPlan(*_contiguous(assignments, ends, row_of, kept))
     x, weights, up, down = _contiguous(x, weights, up.to(x.dtype), down.to(x.dtype))
     with torch.cuda.device_of(x):
-        hidden, pre = kernels.hidden_rows(x, up, plan, cast(Activation, activation), keep)
+        bias = None if up_bias is None else up_bias.contiguous()
+        hidden, pre = kernels.hidden_rows(x, up, bias, plan, cast(Activation, activation), keep)
         return kernels.combine(kernels.linear(hidden, down, plan, weights), plan), pre
 
 
 @_mixture.register_fake
-def _(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, assignments: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    assignments: Tensor,
+    *others: Any,
+) -> tuple[Tensor, Tensor]:
     *_, keep = others
     return x.new_empty(x.shape), x.new_empty(assignments.shape[0] if keep else 0, up.shape[2])
 
@@ -98,12 +117,12 @@ def _mixture_backward(
     activation: str,
     wanted: list[bool],
 ) -> list[Tensor]:
-    """Gradients of those of x, weights, up and down that are wanted."""
+    """Gradients of those of x, weights, up, down and up_bias that are wanted."""
     from moe.experts import triton_gradients as gradients
     from moe.experts import triton_kernels as kernels
 
     if len(assignments) == 0:
-        return [t.new_zeros(t.shape) for t, want in zip((x, weights, up, down), wanted, strict=True) if want]
+        return _shapes_of_gradients(x, weights, up, down, wanted)
     plan = DispatchPlan(*_contiguous(assignments, ends, row_of, kept))
     dy, x, weights, pre = _contiguous(dy, x, weights, pre)
     rounded_up, rounded_down = _contiguous(up.to(x.dtype), down.to(x.dtype))
@@ -120,24 +139,35 @@ def _mixture_backward(
             grads.append(gradients.matrix_gradient(x, d_pre, plan, gather="left", dtype=up.dtype))
         if wanted[3]:
             grads.append(gradients.matrix_gradient(weighted, dy, plan, gather="right", dtype=down.dtype))
+        if wanted[4]:  # a sum of rows: their product with ones
+            ones = x.new_ones(len(x), 1)
+            sums = gradients.matrix_gradient(ones, d_pre, plan, gather="left", dtype=torch.float32)
+            grads.append(sums.squeeze(1))
     return grads
 
 
 @_mixture_backward.register_fake
 def _(dy: Tensor, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, *others: Any) -> list[Tensor]:
     *_, wanted = others
-    return [t.new_empty(t.shape) for t, want in zip((x, weights, up, down), wanted, strict=True) if want]
+    return _shapes_of_gradients(x, weights, up, down, wanted)
+
+
+def _shapes_of_gradients(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, wanted: list[bool]) -> list[Tensor]:
+    """Zeros: what they are without rows."""
+    bias = up.new_zeros(up.shape[0], up.shape[2], dtype=torch.float32)
+    like = [t.new_zeros(t.shape) for t in (x, weights, up, down)]
+    return [t for t, want in zip([*like, bias], wanted, strict=True) if want]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, activation, _ = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    x, weights, up, down, _, *planned, activation, _ = inputs
+    ctx.save_for_backward(x, weights, up, down, *planned, output[1])
     ctx.activation = activation
     ctx.set_materialize_grads(False)  # `pre` has no gradient, and a tensor of zeros for it would be large
 
 
 def _differentiate(ctx: Any, dy: Tensor, d_pre: None) -> tuple[Tensor | None, ...]:
-    wanted = list(ctx.needs_input_grad[:4])
+    wanted = list(ctx.needs_input_grad[:5])
     grads = iter(_mixture_backward(dy, *ctx.saved_tensors, ctx.activation, wanted))
     return (*(next(grads) if want else None for want in wanted), *[None] * 6)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention, encoder, memory, moe_layer, small_batch
+from benchmarks import attention, depth, encoder, memory, moe_layer, small_batch
 from benchmarks.cases import LayerCase
 from benchmarks.contenders import LIMIT
 
@@ -144,3 +144,16 @@ def test_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(isinstance(row["growth"], float) for row in whole if row["case"].startswith("S16 "))
     assert all(row["mib"] > 0 for row in whole)
     assert len(rows) - len(whole) == 2 * 2 * 2  # lengths, modes, the two cores
+
+
+@pytest.mark.parametrize("experts", [0, 2])
+def test_depth(experts: int, tmp_path: Path) -> None:
+    size = f"--width 64 --depth 4 --hidden 128 --batch 4 --length 8 --rounds 1 --experts {experts}"
+    rows = rows_of(depth, tmp_path, size)
+    forward = [LIMIT, "ours: mixture of depths 0.5", "ours: mixture of depths 0.25"]
+    both = [*forward, "ours: stochastic depth 0.2", "ours: stochastic depth 0.5"]
+    assert [row["contender"] for row in rows] == [*forward, *both]
+    of = {row["contender"]: row for row in rows}
+    assert of["ours: stochastic depth 0.2"]["by FLOPs"] == pytest.approx(4 / (4 - 0.2 * (1 + 2 + 3 + 4) / 4))
+    # Of four layers two process half: fewer FLOPs than that, as attention is over half of the keys.
+    assert 1.33 < of["ours: mixture of depths 0.5"]["by FLOPs"] < 1.4

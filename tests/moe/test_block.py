@@ -7,7 +7,8 @@ from torch.testing import assert_close
 
 from moe.batch import pack_lengths
 from moe.block import EncoderBlock
-from moe.config import BlockConfig
+from moe.config import BlockConfig, NormConfig, PostNormConfig
+from moe.norms import PRE_NORM
 from tests.oracles import gradients, random_like
 from tests.routing.routers import tokens_of
 
@@ -15,10 +16,11 @@ EXPERTS = {"kind": "experts", "count": 4, "width": 16}
 DENSE = {"kind": "dense", "width": 16}
 
 
-def block_of(feed_forward: dict, dropout: float = 0.0) -> EncoderBlock:
-    block = EncoderBlock(BlockConfig(attention={"heads": 2}, feed_forward=feed_forward), 8, dropout, 1e-5)
-    for norm in (block.attention_norm, block.feed_forward_norm):
-        torch.nn.init.normal_(norm.weight)
+def block_of(feed_forward: dict, dropout: float = 0.0, norm: NormConfig = PRE_NORM) -> EncoderBlock:
+    block = EncoderBlock(BlockConfig(attention={"heads": 2}, feed_forward=feed_forward), 8, dropout, 1e-5, norm)
+    for layer in (block.attention_norm, block.feed_forward_norm):
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter)
     return block
 
 
@@ -35,6 +37,23 @@ def test_is_pre_norm_attention_then_feed_forward_on_a_residual(feed_forward: dic
     fed = block.feed_forward(normed) if feed_forward is DENSE else block.feed_forward(normed, tokens)
     written = mixed + (fed[0] if isinstance(fed, tuple) else fed)
     out = block(x, batch, tokens)
+    assert_close(out.x, written)
+    inputs, upstream = {"x": x, **dict(block.named_parameters())}, random_like(written)
+    assert_close(gradients(out.x, inputs, upstream), gradients(written, inputs, upstream), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("feed_forward", [DENSE, EXPERTS], ids=["dense", "experts"])
+def test_post_norm_is_a_norm_of_each_sum(feed_forward: dict, bias: bool) -> None:
+    block, batch = block_of({**feed_forward, "bias": bias}, norm=PostNormConfig(bias=bias)), pack_lengths([3, 2])
+    x, tokens = torch.randn(5, 8, requires_grad=True), tokens_of([3, 2])
+
+    def norm(z: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+        return F.layer_norm(z, (8,)) * layer.weight + (layer.bias if bias else 0)
+
+    mixed = norm(x + block.attention(x, batch, tokens)[0], block.attention_norm)
+    fed = block.feed_forward(mixed) if feed_forward is DENSE else block.feed_forward(mixed, tokens)[0]
+    written, out = norm(mixed + fed, block.feed_forward_norm), block(x, batch, tokens)
     assert_close(out.x, written)
     inputs, upstream = {"x": x, **dict(block.named_parameters())}, random_like(written)
     assert_close(gradients(out.x, inputs, upstream), gradients(written, inputs, upstream), rtol=1e-4, atol=1e-5)

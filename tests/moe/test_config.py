@@ -10,9 +10,17 @@ from pydantic import ValidationError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe.config import DenseConfig, EncoderConfig, ExpertsConfig, GroupedDenseConfig
+from moe.config import (
+    DenseConfig,
+    EncoderConfig,
+    ExpertsConfig,
+    GroupedDenseConfig,
+    PostNormConfig,
+    PreNormConfig,
+)
 from moe.encoder import Encoder
 from moe.experts.layer import MoEFeedForward
+from moe.heads import MaskedLMHead
 from routing import (
     ExpertChoiceConfig,
     GaussianNoiseConfig,
@@ -78,7 +86,7 @@ def test_a_router_that_cannot_serve_the_experts_is_refused_when_it_is_read(route
     ("override", "message"),
     [
         ({"layers": [], "feed_forward": EXPERTS}, r"layers is \[\], so this override is of no layer"),
-        ({"layers": [1]}, "gives neither attention nor feed_forward"),
+        ({"layers": [1]}, "gives none of attention, feed_forward and depth"),
         ({"layers": [1], "attention": {"heads": 2}}, r"block's attention as a whole.*add kind, such as {kind: softmax"),
         ({"layers": [1], "feed_forward": {"width": 8}}, r"block's feed_forward as a whole.*such as {kind: dense"),
     ],
@@ -111,7 +119,7 @@ def test_accounts_literal() -> None:
 
 
 activations = st.sampled_from(["gelu", "swiglu", "geglu"])
-dense = st.builds(DenseConfig, width=st.integers(1, 40), activation=activations)
+dense = st.builds(DenseConfig, width=st.integers(1, 40), activation=activations, bias=st.booleans())
 
 
 def routers(count: int) -> st.SearchStrategy:
@@ -134,6 +142,7 @@ experts = st.integers(1, 6).flatmap(
         width=st.integers(1, 40),
         activation=activations,
         shared_width=st.sampled_from([0, 12]),
+        bias=st.booleans(),
         router=routers(count),
         backend=st.just("loop"),
     )
@@ -149,13 +158,20 @@ feed_forwards = st.one_of(dense, grouped, experts)
 positions = st.sampled_from(
     [None, {"kind": "rotary"}, {"kind": "t5"}, {"kind": "alibi"}, {"kind": "shaw"}, {"kind": "shaw", "values": False}]
 )
+norms = st.one_of(
+    st.builds(PreNormConfig, bias=st.booleans(), first=st.booleans()), st.builds(PostNormConfig, bias=st.booleans())
+)
 configs = st.builds(
-    lambda ff, other, depth, vocab, heads, near, bias, absolute: EncoderConfig(
+    lambda ff, other, depth, vocab, heads, near, bias, absolute, norm, narrow, segments, head_bias: EncoderConfig(
         vocab_size=vocab,
         width=12,
         depth=depth,
         block={"feed_forward": ff, "attention": {"heads": heads, "positions": near, "bias": bias}},
         positions=absolute,
+        norm=norm,
+        embedding_width=narrow,
+        segments=segments,
+        head_bias=head_bias,
         overrides=[{"layers": {"every": 2}, "feed_forward": other}],
     ),
     feed_forwards,
@@ -166,14 +182,19 @@ configs = st.builds(
     near=positions,
     bias=st.booleans(),
     absolute=st.sampled_from([None, {"max_length": 20}]),
+    norm=norms,
+    narrow=st.sampled_from([None, 5]),
+    segments=st.integers(0, 2),
+    head_bias=st.booleans(),
 )
 
 
 @given(configs)
 def test_parameter_counts_equal_the_built_modules(config: EncoderConfig) -> None:
     with torch.device("meta"):
-        encoder = Encoder(config).eval()
+        encoder, head = Encoder(config).eval(), MaskedLMHead(config)
     count = sum(p.numel() for p in encoder.parameters())
+    assert MaskedLMHead.num_params(config) == sum(p.numel() for p in head.parameters())
     idle = sum(
         (len(layer.experts.up) - round(layer.router.config.mean_choices(len(layer.experts.up))))
         * sum(w[0].numel() for w in layer.experts.parameters())
@@ -190,9 +211,10 @@ def counted_flops(config: EncoderConfig, length: int) -> int:
     plain = patch("moe.attention.varlen.choose_kernel", return_value="loop")
     with plain, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         encoder(torch.zeros(1, length, dtype=torch.int64))
-    # combine writes its weighted sum, elementwise work and so not in our accounts, as a batched product.
+    # combine writes its weighted sum, elementwise work and so not in our accounts, as a batched product, and that of
+    # biases as a product with all of them.
     combine = sum(
-        2 * length * int(ff.router.mean_choices(ff.count)) * config.width
+        2 * length * (int(ff.router.mean_choices(ff.count)) + ff.bias * ff.count) * config.width
         for ff in (block.feed_forward for block in config.blocks())
         if isinstance(ff, ExpertsConfig)
     )

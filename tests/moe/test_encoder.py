@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from moe.batch import pack, pack_lengths
 from moe.config import EncoderConfig
 from moe.encoder import Encoder, EncoderOutput
+from moe.norms import PreNormConfig
 from routing import RoutingStats, Tokens, updated_buffers
 from tests.oracles import differentiable, gradients, hashed, random_like
 from tests.routing.routers import ROUTERS, depends_on_batch_mates, with_losses, with_opinions
@@ -25,6 +26,22 @@ MIXED = EncoderConfig(
             "feed_forward": {"kind": "experts", "count": 4, "width": 16, "shared_width": 8},
         }
     ],
+)
+
+
+AS_PUBLISHED = MIXED.model_validate(
+    {
+        **MIXED.model_dump(exclude={"overrides", "block"}),
+        "block": {
+            "attention": {"heads": 2, "bias": True},
+            "feed_forward": {"kind": "experts", "count": 4, "width": 16, "shared_width": 8, "bias": True},
+        },
+        "overrides": [{"layers": [1], "feed_forward": {"kind": "dense", "width": 24, "bias": True}}],
+        "norm": {"kind": "post"},
+        "segments": 2,
+        "embedding_width": 6,
+        "positions": {"max_length": 5},
+    }
 )
 
 
@@ -132,6 +149,38 @@ def test_every_token_is_real_without_a_mask(ids: Tensor) -> None:
     assert_close(encoder(ids).last_hidden_state, encoder(ids, torch.ones_like(ids)).last_hidden_state)
 
 
+def test_segments_go_with_their_tokens_and_are_zero_by_default(ids: Tensor) -> None:
+    encoder, real, segments = encoder_of(AS_PUBLISHED), MASK.bool(), torch.randint(0, 2, (3, 5))
+    padded = encoder(ids, MASK, segment_ids=segments).last_hidden_state
+    packed = encoder(ids[real], batch=pack(MASK), segment_ids=segments[real]).last_hidden_state
+    assert_close(packed, padded[real])
+    assert torch.equal(
+        encoder(ids, MASK).last_hidden_state, encoder(ids, MASK, segment_ids=0 * segments).last_hidden_state
+    )
+    edited = segments.clone()
+    edited[0, 4] = 1 - edited[0, 4]
+    after = encoder(ids, MASK, segment_ids=edited).last_hidden_state
+    assert_close(after[1:], padded[1:])
+    assert (after[0, 0] - padded[0, 0]).abs().max() > 1e-4
+    without = encoder_of()
+    assert torch.equal(without(ids, MASK, segment_ids=segments).last_hidden_state, without(ids, MASK).last_hidden_state)
+    with pytest.raises(ValueError, match=r"input_ids has shape \(3, 5\) but segment_ids \(3, 4\)"):
+        encoder(ids, MASK, segment_ids=segments[:, :4])
+
+
+def test_the_first_attention_may_go_without_a_norm(ids: Tensor) -> None:
+    encoder = encoder_of(MIXED.model_copy(update={"norm": PreNormConfig(first=False)}))
+    assert "blocks.0.attention_norm.weight" not in encoder.state_dict()
+    usual = encoder_of()
+    usual.load_state_dict(encoder.state_dict(), strict=False)
+    block, tokens = usual.blocks[0], Tokens(ids[0], torch.tensor([0, 5], dtype=torch.int32))
+    x, batch = usual.embeddings(ids[0], pack_lengths([5])), pack_lengths([5])
+    block.attention_norm = torch.nn.Identity()
+    for layer in usual.blocks:
+        x = layer(x, batch, tokens).x
+    assert_close(encoder(ids[:1]).last_hidden_state[0], usual.final_norm(x))
+
+
 def test_statistics_bear_the_names_of_their_routers(ids: Tensor) -> None:
     encoder = encoder_of()
     routing = encoder(ids, MASK).routing
@@ -192,10 +241,11 @@ def test_evaluation_is_dropless_unless_asked_otherwise(ids: Tensor) -> None:
     assert sum(s.dropped.sum() for s in encoder.eval()(ids, MASK).routing.values()) == 0
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_every_parameter_learns(name: str, ids: Tensor) -> None:
-    encoder = encoder_of(with_router(name))
-    states = encoder(ids, MASK).last_hidden_state
+@pytest.mark.parametrize("name", [*ROUTERS, None])
+def test_every_parameter_learns(name: str | None, ids: Tensor) -> None:
+    encoder = encoder_of(with_router(name) if name else AS_PUBLISHED)
+    segments = torch.arange(15).view(3, 5) % 2
+    states = encoder(ids, MASK, segment_ids=segments).last_hidden_state
     for key, grad in gradients(states, dict(encoder.named_parameters()), random_like(states)).items():
         assert grad.abs().max() > 0, key
 
@@ -211,9 +261,9 @@ def test_rows_without_tokens_and_batches_without_any(name: str, ids: Tensor) -> 
     assert encoder(ids[:0]).last_hidden_state.shape == (0, 5, 16)
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_a_batch_without_tokens_gives_every_parameter_a_zero_gradient(name: str, ids: Tensor) -> None:
-    encoder = encoder_of(with_router(name))
+@pytest.mark.parametrize("name", [*ROUTERS, None])
+def test_a_batch_without_tokens_gives_every_parameter_a_zero_gradient(name: str | None, ids: Tensor) -> None:
+    encoder = encoder_of(with_router(name) if name else AS_PUBLISHED)
     for states in (encoder(ids, torch.zeros_like(ids)).last_hidden_state, encoder(ids[:0]).last_hidden_state):
         grads = gradients(states, dict(encoder.named_parameters()), random_like(states))
         assert all(torch.equal(g, torch.zeros_like(g)) for g in grads.values())

@@ -32,10 +32,14 @@ def test_gated_activations_take_twice_the_width() -> None:
     assert [input_width(6, activation) for activation in ACTIVATIONS] == [6, 12, 12]
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_values_and_gradients_match_the_oracle(activation: Activation) -> None:
-    layer, x = FeedForward(4, 6, activation), torch.randn(5, 4, requires_grad=True)
-    slow = torch.stack([layer.down.weight @ oracles.activate(layer.up.weight @ token, activation) for token in x])
+def test_values_and_gradients_match_the_oracle(activation: Activation, bias: bool) -> None:
+    layer, x = FeedForward(4, 6, activation, bias), torch.randn(5, 4, requires_grad=True)
+    up, down = layer.up.bias if bias else 0, layer.down.bias if bias else 0
+    slow = torch.stack(
+        [layer.down.weight @ oracles.activate(layer.up.weight @ token + up, activation) + down for token in x]
+    )
     fast = layer(x)
     assert_close(fast, slow)
     inputs, upstream = {"x": x, **dict(layer.named_parameters())}, oracles.random_like(fast)

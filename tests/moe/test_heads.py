@@ -40,6 +40,18 @@ def test_head_is_dense_gelu_norm_and_the_tied_embedding(model: MaskedLM, ids: Te
     assert_close(model(ids, MASK).logits, hidden @ table.T + head.bias)
 
 
+def test_a_narrow_embedding_has_the_dense_layer_go_there_and_biases_where_wanted(ids: Tensor) -> None:
+    changes = {"embedding_width": 6, "head_bias": True, "norm": {"kind": "post"}}
+    model = MaskedLM(EncoderConfig.model_validate({**CONFIG.model_dump(), **changes}))
+    head, table = model.head, model.encoder.embeddings.tokens.weight
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    states = model.encoder(ids, MASK).last_hidden_state.reshape(12, 16)
+    hidden = F.layer_norm(F.gelu(states @ head.dense.weight.T + head.dense.bias), (6,)) * head.norm.weight
+    assert table.shape == (20, 6)
+    assert_close(model(ids, MASK).logits, (hidden + head.norm.bias) @ table.T + head.bias)
+
+
 def test_logits_at_targets_are_those_of_the_full_grid(model: MaskedLM, ids: Tensor) -> None:
     target_index = torch.tensor([9, 0, 5, 5])
     full, some = model(ids, MASK), model(ids, MASK, target_index=target_index)

@@ -46,7 +46,7 @@ def test_it_stops_only_where_it_is_to() -> None:
 
 
 def test_layers_are_watched_by_themselves_and_some_not_at_all() -> None:
-    alarms = Alarms(TellAlarm(steps=2), alike={"1.heads"})
+    alarms = Alarms(TellAlarm(steps=2), by_design={"1.heads"})
     for step in range(4):
         both = {"0.experts": stats(COLLAPSED if step % 2 else EVEN), "1.heads": stats(COLLAPSED)}
         assert alarms.step(both) == []

@@ -83,11 +83,11 @@ def test_experts_that_take_turns_look_collapsed_in_a_step_and_balanced_in_the_wi
     assert "worst max/mean 2.00" in printed(console)
 
 
-def test_routers_that_choose_the_same_for_all_input_are_not_unbalanced(tmp_path: Path, console: Console) -> None:
+def test_routers_whose_load_is_by_design_are_not_unbalanced(tmp_path: Path, console: Console) -> None:
     routing = {"0.heads": stats([0, 8, 0, 0]), "0.experts": stats([6, 2])}
     only = {"0.heads": routing["0.heads"]}
     step = result(1.0, [6, 2])._replace(routing=routing)
-    with RunLog(tmp_path, every=1, first_step=0, max_steps=9, console=console, alike={"0.heads"}) as log:
+    with RunLog(tmp_path, every=1, first_step=0, max_steps=9, console=console, by_design={"0.heads"}) as log:
         log.step(1, step, lr=1.0, seconds=2.0)
         log.evaluation(1, Evaluation(2.5, routing))
         log.step(2, step._replace(routing=only), lr=1.0, seconds=2.0)

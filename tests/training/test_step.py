@@ -10,7 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.conftest import run_ranks
-from tests.training.workers import record, record_routers
+from tests.training.workers import assemble, record, record_routers
+from training.config import RunConfig
+from training.engine import start_processes
+from training.objective import MaskedLMObjective
+from training.step import train_step
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("alone")]
 STAGES = (0, 1, 2, 3)
@@ -113,6 +117,69 @@ def test_routed_heads_beside_experts_give_two_ranks_the_gradients_of_one_process
         assert found[f"parameter {buffer}"].any(), buffer  # updated, and among what a checkpoint holds
     assert found[f"gradient {routers[1]}.coefficient"] != 0
     assert {"load 0.heads", "load 1.heads", "load 0.experts"} <= found.keys()
+
+
+LOSSES = {"z": 0.1, "entropy": -0.1, "sequence_balance": 0.5}  # exact without the step's assignments
+DEPTH = {"capacity": 0.4, "router": {"noise": {"kind": "jitter", "amount": 0.3}, "centring": {"rate": 0.5}}}
+DEPTH["router"]["losses"] = {"z": 0.2, "entropy": -0.1}
+
+
+def with_skipping(run: dict[str, Any], **losses: float) -> dict[str, Any]:
+    """Layers that some sequences skip, one of them some tokens too."""
+    model = run["model"]
+    model["block"]["feed_forward"]["router"]["losses"] = {"balance": 0.0, **LOSSES, **losses}
+    model["overrides"] = [{"layers": [1], "depth": DEPTH}]
+    model["stochastic_depth"] = {"kind": "linear", "last": 0.4}
+    return run
+
+
+@pytest.mark.parametrize(
+    ("losses", "totals", "cuts"),  # ZeRO stage, accumulation, expert-parallel size
+    [
+        ({}, "micro_batch", {1: ["0,1", "0,2"], 2: ["0,2"]}),
+        ({"balance": 1.0, "importance": 0.5}, "step", {1: ["0,1"], 2: ["3,2,2"]}),
+    ],
+    ids=["additive losses", "all losses"],
+)
+def test_where_tokens_and_sequences_skip_blocks_every_cut_gives_the_gradients_of_one_batch(
+    losses: dict[str, float],
+    totals: str,
+    cuts: dict[int, list[str]],
+    exact: dict[str, Any],
+    write_config: Callable[[dict[str, Any]], Path],
+    tmp_path: Path,
+) -> None:
+    exact["objective"] = {"routing_totals": totals}
+    config = str(write_config(with_skipping(exact, **losses)))
+    for world, chosen in cuts.items():
+        (tmp_path / str(world)).mkdir()
+        run_on(world, record, config, str(tmp_path / str(world)), *chosen)
+    for world, chosen in cuts.items():
+        for variant in chosen:
+            assert_same(tmp_path / str(world) / f"{variant}.safetensors", tmp_path / "1" / "0,1.safetensors")
+    found = load_file(tmp_path / "1" / "0,1.safetensors")
+    assert found["gradient encoder.blocks.1.depth.router.logits.weight"].abs().max() > 1e-5
+    assert found["parameter encoder.blocks.1.depth.router.logits.center"].any()
+    assert found["parameter encoder.stochastic_depth.noise_state"][1] == 3  # steps
+
+
+def test_losses_are_means_over_the_tokens_that_their_router_decided_for(exact: dict[str, Any]) -> None:
+    exact["parallel"], exact["train"]["micro_batch_tokens"] = {}, exact["train"]["step_tokens"] // 2
+    run, ranks = RunConfig.model_validate(with_skipping(exact)), start_processes()
+    engine, stream = assemble(run, ranks)
+    batches = stream.next_step()
+    result = train_step(engine, batches, MaskedLMObjective(run.objective), ranks)
+    assert len(batches) == 2
+    tokens = {name: int(stats.tokens) for name, stats in result.routing.items()}
+    assert result.tokens > max(tokens["0.experts"], tokens["1.depth"])
+    assert min(tokens.values()) == tokens["1.experts"] > 0
+    assert tokens["1.experts"] == result.routing["1.depth"].assigned[0]
+    means = sum(float(stats.lse_sq_sum) / int(stats.tokens) for stats in result.routing.values())
+    assert result.parts["z"] == pytest.approx(means, rel=1e-5)
+    means = sum(float(stats.entropy_sum) / int(stats.tokens) for stats in result.routing.values())
+    assert result.parts["entropy"] == pytest.approx(means, rel=1e-5)
+    balance = [stats.sequence_balance_sum / stats.sequences for stats in result.routing.values() if stats.sequences]
+    assert result.parts["sequence_balance"] == pytest.approx(float(sum(balance)), rel=1e-5)
 
 
 def run_on(world: int, function: Callable[..., None], *arguments: str) -> None:

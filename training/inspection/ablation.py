@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from moe.attention.routed_heads import RoutedHeads
@@ -55,16 +55,16 @@ def ablate(
         tell: called with what is done and what is to do.
     """
     device = next(model.parameters()).device
-    batches = [_masked(sequences[n : n + 16], masking, vocabulary, device) for n in range(0, len(sequences), 16)]
+    batches = [masked(sequences[n : n + 16], masking, vocabulary, device) for n in range(0, len(sequences), 16)]
     switches = [switch for layer in range(len(model.encoder.blocks)) for switch in _switches(model, layer)]
     each = max(1, most // max(len(switches), 1))
     todo = sum(min(each, len(switch.choices)) for switch in switches)
     with torch.no_grad():
-        states = [model.encoder.embeddings(batch.input_ids, batch.batch) for batch in batches]
+        states = [model.encoder.embed(batch.input_ids, batch.batch) for batch in batches]
         base = _losses(model, batches, states, 0)
         sizes = _per_sequence(batches, [torch.ones(len(batch.targets)) for batch in batches])
         done, found = 0, []
-        for layer, block in enumerate(model.encoder.blocks):
+        for layer in range(len(model.encoder.blocks)):
             for switch in (one for one in switches if one.layer == layer):
                 earned = []
                 for choice in _spread(switch.choices, each):
@@ -76,7 +76,7 @@ def ablate(
                     tell(done, todo)
                 router = f"{layer}.{switch.routes}" if switch.routed else None
                 found.append(Switched(layer=layer, routes=switch.routes, router=router, choices=earned))
-            states = [_through(block, x, batch) for x, batch in zip(states, batches, strict=True)]
+            states = [_through(model, layer, x, batch) for x, batch in zip(states, batches, strict=True)]
     return Ablation(
         sequences=len(sequences),
         targets=int(sizes.sum()),
@@ -91,9 +91,10 @@ def switchable(model: MaskedLM | TaskModel) -> int:
     return sum(len(one.choices) for layer in range(len(model.encoder.blocks)) for one in _switches(model, layer))
 
 
-def _masked(
+def masked(
     members: list[tuple[int, np.ndarray]], masking: MaskingConfig, vocabulary: Vocabulary, device: torch.device
 ) -> MaskedBatch:
+    """Sampled sequences, masked as held-out text is."""
     numbers = np.array([number for number, _ in members])
     batch = masked_batch(
         np.concatenate([ids for _, ids in members]),
@@ -151,17 +152,16 @@ def _off(weights: Tensor) -> Iterator[None]:
         weights.detach().copy_(before)
 
 
-def _through(block: nn.Module, x: Tensor, batch: MaskedBatch) -> Tensor:
-    out: Tensor = block(x, batch.batch, Tokens(batch.input_ids, batch.batch.cu_seqlens)).x
-    return out
+def _through(model: MaskedLM, layer: int, x: Tensor, batch: MaskedBatch) -> Tensor:
+    return model.encoder.run_block(layer, x, batch.batch, Tokens(batch.input_ids, batch.batch.cu_seqlens)).x
 
 
 def _losses(model: MaskedLM, batches: list[MaskedBatch], states: list[Tensor], layer: int) -> np.ndarray:
     """Summed loss of each sequence, nats, from the states before a layer: `[B]` float64."""
     found = []
     for x, batch in zip(states, batches, strict=True):
-        for block in list(model.encoder.blocks)[layer:]:
-            x = _through(block, x, batch)
+        for above in range(layer, len(model.encoder.blocks)):
+            x = _through(model, above, x, batch)
         seen = model.encoder.final_norm(x).index_select(0, batch.target_index)
         logits = model.head(seen, model.encoder.embeddings.tokens.weight)
         found.append(F.cross_entropy(logits.float(), batch.targets, reduction="none"))

@@ -1,6 +1,6 @@
 """Text through a model, and what its routers do counted on the way: in the memory of a batch and of the counts."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moe.batch import to_device
+from moe.depth import MixtureOfDepths
 from moe.encoder import Encoder
 from routing import Recorded, RoutingRecorder, Tokens
 from routing.sequences import sequence_of_token
@@ -72,19 +73,37 @@ def collect(
         for batch in batches:
             encoder(batch.ids.to(device), batch=to_device(batch.batch, device))
             recorded = heard.pop()
-            places = places_of(recorded[names[0]].tokens, words.vocabulary)
+            places = places_of(Tokens(batch.ids.to(device), batch.batch.cu_seqlens.to(device)), words.vocabulary)
             found.places.add(places)
+            best = []
             for name in names:
-                routing = recorded[name].routing
+                routing, rows = recorded[name].routing, rows_of(name, recorded)
                 if name not in found.counts:
                     found.counts[name] = RouterCounts(routing.probs.shape[1], size, max_length, device)
-                found.counts[name].add(routing, places)
-            _sample(found, batch, [recorded[name].routing.choices[:, 0] for name in names])
+                found.counts[name].add(routing, places if rows is None else places.of(rows))
+                best.append(spread(routing.choices[:, 0], rows, len(batch.ids)))
+            _sample(found, batch, best)
             found.read["documents"] += batch.documents
             found.read["sequences"] += len(batch.numbers)
             found.read["tokens"] += len(batch.ids)
             tell(batch)
     return found
+
+
+def rows_of(name: str, recorded: Mapping[str, Recorded]) -> torch.Tensor | None:
+    """Which of a forward pass's tokens a router saw, `[R]` int64; None: all. Mixture of depths hides some."""
+    depth = f"{name.partition('.')[0]}.{MixtureOfDepths.routes}"
+    if depth not in recorded or name == depth:
+        return None
+    return (recorded[depth].routing.choices[:, 0] == 0).nonzero().squeeze(1)
+
+
+def spread(values: torch.Tensor, rows: torch.Tensor | None, tokens: int) -> torch.Tensor:
+    """What a router says of the tokens it saw, `[R, ...]`, for all `[T, ...]`: -1 (or False) where it saw none."""
+    if rows is None:
+        return values
+    nothing = values.new_full((tokens, *values.shape[1:]), -1 if values.dtype == torch.int64 else 0)
+    return nothing.index_copy(0, rows, values)
 
 
 def places_of(tokens: Tokens, words: Vocabulary) -> Places:

@@ -22,6 +22,10 @@ class Places(NamedTuple):
     length: Tensor  # of its sequence
     word_part: Tensor  # into WORD_PARTS
 
+    def of(self, rows: Tensor) -> "Places":
+        """Those of some tokens, `[R]` int64."""
+        return Places(*(field[rows] for field in self))
+
 
 class PlaceCounts:
     """How many tokens there are of each kind, whatever routers do with them.

@@ -8,7 +8,7 @@
     number      = digits with an optional sign, fraction and exponent, and an optional "%"
 
 It is parsed, never evaluated as code. It is asked of every router by itself, and those for which it holds fail. A
-figure that a router hasn't (null in stats.json, and balance of a router that chooses the same for all input) makes its
+figure that a router hasn't (null in stats.json, and balance of a router whose load is by design) makes its
 comparison false, whatever the operator.
 """
 

@@ -5,7 +5,7 @@ from math import log
 
 import numpy as np
 
-from routing import Learned, Measured
+from routing import Learned, Measured, TakeBest
 from training.inspection.counts import PlaceCounts, RouterCounts
 from training.inspection.schema import Histogram, PointRouter, Router, Similarity, Table
 from training.inspection.text import CHARACTERS, WORD_PARTS, Words
@@ -23,7 +23,8 @@ def router_figures(
     there = {key: value.cpu().numpy() for key, value in places.sums.items()}
     tokens, number = int(sums["tokens"]), counts.choices
     each = max(tokens, 1)
-    alike = isinstance(router, Learned | Measured)
+    alike = by_design(router)
+    same = isinstance(router, Learned | Measured)  # for all input, so that there is nothing to explain
     figures, load = balance_figures(router, counts), _load(counts)
     top_k = float(sums["assigned"].sum()) / each
     special = [int(i) for i in words.vocabulary.special if i is not None]
@@ -55,8 +56,8 @@ def router_figures(
         dead=_dead(load, alike),
         identical=identical_pairs(similarity),
         similarity=similarity,
-        known_by_token=None if alike else known_by(sums["first_by_id"]),
-        known_by_position=None if alike else known_by(sums["first_by_position"]),
+        known_by_token=None if same else known_by(sums["first_by_id"]),
+        known_by_position=None if same else known_by(sums["first_by_position"]),
         takes={
             "word_part": _table(WORD_PARTS, sums["by_word_part"], there["word_part"]),
             "position": _doubling(sums["by_position"], there["position"]),
@@ -67,9 +68,14 @@ def router_figures(
         typical=[[] for _ in range(number)]
         if alike
         else typical_tokens(sums["by_id"], there["ids"], tokens, words.texts),
-        context=None if alike else context(sums["by_id"], there["ids"], max(1, round(top_k)), special, words.texts),
+        context=None if same else context(sums["by_id"], there["ids"], max(1, round(top_k)), special, words.texts),
         together=None if top_k <= 1 else matrix(sums["together"] / each),
     )
+
+
+def by_design(router: object) -> bool:
+    """Whether a router's load isn't to be balanced: it has the same choices, or shares, for all input."""
+    return isinstance(router, Learned | Measured | TakeBest)
 
 
 def balance_figures(router: object, counts: RouterCounts) -> PointRouter:

@@ -16,6 +16,7 @@ from routing.errors import UserError
 from training.inspection.ablation import ablate, switchable
 from training.inspection.across import agreement, drift, flows, paths
 from training.inspection.collect import Collected, collect
+from training.inspection.exits import exits_of
 from training.inspection.figures import balance_figures, router_figures
 from training.inspection.models import Opened, checkpoints, open_model, refuse_unrouted, same_tokenizer
 from training.inspection.sampled import look_closely
@@ -116,6 +117,7 @@ def stats_of(opened: Opened, text: Text, words: Words, collected: Collected, req
         heads=close.heads,
         examples=close.examples,
         ablation=earned,
+        exits=exits_of(model, sequences, opened.masking, words.vocabulary),
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from routing import Recorded, RoutingRecorder
 from routing.types import Routing, Tokens
-from training.inspection.collect import places_of
+from training.inspection.collect import places_of, rows_of
 from training.inspection.counts import PlaceCounts, RouterCounts
 from training.inspection.figures import router_figures
 from training.inspection.schema import Router, Similarity
@@ -68,17 +68,20 @@ class HeldOutLook:
 
     def _add(self, recorded: dict[str, Recorded]) -> None:
         size = len(self._words.texts)
-        places = None
+        # The first router of a layer, and so of the model, sees all tokens.
+        places = places_of(
+            Tokens(*(field.cpu() for field in next(iter(recorded.values())).tokens)), self._words.vocabulary
+        )
+        if not len(places.ids):
+            return  # this rank's share ended earlier than others'
+        self._places.add(places)
         for name, one in recorded.items():
             logits, probs, choices, weights, kept = (field.cpu() for field in one.routing[:5])
-            if not len(choices):
-                return  # a rank whose share ended earlier than others'
-            if places is None:
-                places = places_of(Tokens(*(field.cpu() for field in one.tokens)), self._words.vocabulary)
-                self._places.add(places)
+            rows = rows_of(name, recorded)
             if name not in self._counts:
                 self._counts[name] = RouterCounts(probs.shape[1], size, self._max_length, _CPU)
-            self._counts[name].add(Routing(logits, probs, choices, weights, kept, one.routing.most_kept), places)
+            routing = Routing(logits, probs, choices, weights, kept, one.routing.most_kept)
+            self._counts[name].add(routing, places if rows is None else places.of(rows.cpu()))
 
 
 def token_table(router: Router) -> str:

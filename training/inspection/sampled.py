@@ -14,6 +14,7 @@ from moe.batch import PackedBatch, pack_lengths, to_device
 from moe.block import EncoderBlock
 from moe.encoder import Encoder
 from routing import Recorded, RoutingRecorder
+from training.inspection.collect import rows_of, spread
 from training.inspection.counts import RouterCounts
 from training.inspection.figures import vector
 from training.inspection.heads import Looked, look, looks
@@ -25,6 +26,9 @@ from training.inspection.words import rounded
 EXAMPLES = 8
 TOKENS = 2048  # of the sequences that heads are looked at with
 _SHORT = 6  # tokens: below them a sequence is a poor example
+
+
+Attended = tuple[Tensor, PackedBatch]  # what an attention was given: mixture of depths doesn't give it all tokens
 
 
 class Close(NamedTuple):
@@ -49,13 +53,14 @@ def look_closely(
     batch = to_device(pack_lengths([len(ids) for ids in taken]), device)
     ids = torch.from_numpy(np.concatenate(taken)).to(device)
     inputs, recorded = _encode(encoder, ids, batch)
+    shown = {name: _for_all(name, recorded, len(ids)) for name in recorded}
     alike: dict[str, Similarity] = {}
     heads = []
     for layer, block in enumerate(encoder.blocks):
         assert isinstance(block, EncoderBlock)
         looked: Looked | None = None
         if layer in inputs:
-            looked = look(block.attention, inputs[layer], batch, SAMPLE)
+            looked = look(block.attention, *inputs[layer], SAMPLE)
             heads.append(_heads(layer, block.attention, looked, counts, len(taken)))
         for routes in block.routers():
             name = f"{layer}.{routes}"
@@ -64,7 +69,7 @@ def look_closely(
             alike[name] = similarity(block, routes, x[:SAMPLE], looked.outputs if looked else None)
     chosen = sorted(range(len(taken)), key=lambda n: (len(taken[n]) < _SHORT, n))[:EXAMPLES]
     bounds = batch.cu_seqlens.tolist()
-    examples = [_example(taken[n], slice(bounds[n], bounds[n + 1]), recorded, words) for n in chosen]
+    examples = [_example(taken[n], slice(bounds[n], bounds[n + 1]), shown, words) for n in chosen]
     return Close(alike, heads, examples)
 
 
@@ -74,14 +79,14 @@ def _first(sequences: list[np.ndarray]) -> list[np.ndarray]:
     return sequences[: 1 + int(np.searchsorted(filled, TOKENS))]
 
 
-def _encode(encoder: Encoder, ids: Tensor, batch: PackedBatch) -> tuple[dict[int, Tensor], dict[str, Recorded]]:
+def _encode(encoder: Encoder, ids: Tensor, batch: PackedBatch) -> tuple[dict[int, Attended], dict[str, Recorded]]:
     """The inputs of the attentions that can be looked at, by layer, and what every router did."""
-    inputs: dict[int, Tensor] = {}
+    inputs: dict[int, Attended] = {}
     heard: list[dict[str, Recorded]] = []
 
     def hear(layer: int) -> Any:
         def heard_input(module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs[layer] = args[0].detach()
+            inputs[layer] = (args[0].detach(), args[1])
 
         return heard_input
 
@@ -115,12 +120,21 @@ def _heads(layer: int, attention: nn.Module, looked: Looked, counts: dict[str, R
     )
 
 
-def _example(ids: np.ndarray, own: slice, recorded: dict[str, Recorded], words: Words) -> ExampleSequence:
+def _for_all(name: str, recorded: dict[str, Recorded], tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Choices, gates and what was kept of all tokens; those that a router didn't see have no choice."""
+    rows = rows_of(name, recorded)
+    choices, gates, kept = (spread(field, rows, tokens).cpu() for field in recorded[name].routing[2:5])
+    return choices, gates, kept
+
+
+def _example(
+    ids: np.ndarray, own: slice, shown: dict[str, tuple[Tensor, Tensor, Tensor]], words: Words
+) -> ExampleSequence:
     texts = [words.texts[i] for i in ids]
     continues = words.vocabulary.continuation[ids]
     routing = {}
-    for name, one in recorded.items():
-        choices, weights, kept = (field[own].cpu() for field in one.routing[2:5])
+    for name, fields in shown.items():
+        choices, weights, kept = (field[own] for field in fields)
         used = max(1, int((choices >= 0).sum(1).max()))  # expert choice: the others' places are empty
         routing[name] = ExampleRouting(
             choices=choices[:, :used].tolist(),

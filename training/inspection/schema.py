@@ -124,12 +124,12 @@ class Router(Section):
 
     name: str  # "3.experts"
     layer: Count
-    routes: str  # "experts", "heads" or "splits"
+    routes: str  # "experts", "heads", "splits" or "depth"
     kind: str  # of the router: "token_choice", ...
     choices: Count  # E
     top_k: float  # choices a token takes, mean
-    alike: bool  # it chooses the same for all input, by design: balance isn't to be expected
-    tokens: Count
+    alike: bool  # its load is by design, the same choices or shares for all input: balance isn't to be expected
+    tokens: Count  # that it saw; mixture of depths shows a layer's other routers some alone
 
     load: list[Share]  # [E] of all assignments, before capacity
     first: list[Share]  # [E] of tokens whose best choice it is
@@ -256,7 +256,7 @@ class ExitsByLength(Section):
 
 
 class Exits(Section):
-    """Where sequences leave a model with exits."""
+    """Where sequences leave a model with exits, by its own criterion, in a sample."""
 
     layers: list[Count]  # after which there is one, the last layer included
     histogram: list[Count]  # sequences that left there

@@ -16,8 +16,8 @@ ENOUGH = 100  # tokens that a choice would have to get, before it can be called 
 def verdict(routers: list[Router], notes: list[str]) -> Verdict:
     """Name every illness of every router, and nothing else.
 
-    A collapsed layer is called that alone: that its other choices are starved is the same illness. Routers that choose
-    the same for all input by design are asked for identical choices only.
+    A collapsed layer is called that alone: that its other choices are starved is the same illness. Of routers whose
+    load is by design, balance isn't asked.
     """
     findings = [finding for router in routers for finding in _findings(router)]
     ill = list(dict.fromkeys(finding.router for finding in findings))
@@ -46,10 +46,10 @@ def _findings(router: Router) -> Iterator[Finding]:
                 yield _unbalanced(router)
             if router.dead and _enough(router):
                 yield _dead(router)
-        if router.known_by_position is not None and router.known_by_position > KNOWN_BY_POSITION:
-            yield _position_only(router)
-        if router.dropped_fraction > DROPPED:
-            yield _dropping(router)
+    if router.known_by_position is not None and router.known_by_position > KNOWN_BY_POSITION:
+        yield _position_only(router)
+    if router.dropped_fraction > DROPPED:
+        yield _dropping(router)
     for group in groups_of(router.identical):
         yield _identical(router, group)
 
@@ -142,7 +142,7 @@ def _finding(kind: str, router: Router, choices: list[int], value: float, limit:
 def _worst(routers: list[Router]) -> str:
     balanced = [router for router in routers if not router.alike]
     if not balanced:
-        return "no two choices are identical (all routers choose the same for all input, by design)."
+        return "no two choices are identical (the load of all routers is by design)."
     fullest = max(balanced, key=lambda router: router.max_over_mean)
     choice = max(range(fullest.choices), key=lambda one: fullest.load[one])
     dropped = max(router.dropped_fraction for router in balanced)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from moe.config import AttentionConfig, BlockConfig, DenseConfig, ExpertsConfig, SoftmaxAttentionConfig
 from moe.feed_forward import input_width
+from moe.norms import PRE_NORM
 from moe.positions.rotary import RotaryConfig
 from routing import HashConfig
 from routing.errors import UserError
@@ -92,6 +93,12 @@ def model_parts(run: RunConfig, tokens: float, cuda: bool, expert_parallel: int)
     model = run.model
     if model.positions:
         raise UserError("what learned positions keep in memory isn't known here; plan without model.positions")
+    published = model.norm != PRE_NORM or model.embedding_width or model.segments or model.head_bias
+    if published or any(getattr(block.feed_forward, "bias", False) for block in model.blocks()):
+        raise UserError(
+            "what an encoder made as published ones are keeps in memory isn't known here; plan without model.norm, "
+            "embedding_width, segments, head_bias and feed-forward networks with bias"
+        )
     setting = Setting(tokens, model.width, run.train.precision == "bf16", cuda, model.dropout > 0, expert_parallel)
     table = model.vocab_size * model.width
     embedding = Part(

@@ -7,7 +7,7 @@ import torch
 from moe.attention.routed_heads import RoutedHeadsConfig
 from moe.config import BlockConfig, DenseConfig, EncoderConfig, ExpertsConfig, GroupedDenseConfig, MemoryConfig
 from moe.experts.experts import Experts
-from moe.heads import MaskedLM
+from moe.heads import MaskedLM, MaskedLMHead
 from routing.errors import UserError
 from training.config import RunConfig
 
@@ -21,7 +21,7 @@ class Parameters(NamedTuple):
     experts: int
     router: int
     norms: int
-    head: int  # without the output layer, which is the embedding
+    head: int  # dense, norm, and a bias for each word; without the output layer, which is the embedding
 
     @property
     def total(self) -> int:
@@ -32,8 +32,11 @@ def count_parameters(model: EncoderConfig) -> Parameters:
     """Of the encoder and its masked-LM head.
 
     Raises:
-        UserError: for a kind of feed-forward that plans don't know.
+        UserError: for what plans don't know: some kinds of feed-forward, and blocks that some tokens skip.
     """
+    if model.stochastic_depth or any(block.depth for block in model.blocks()):
+        what = "stochastic_depth" if model.stochastic_depth else "depth: {kind: mixture_of_depths}"
+        raise UserError(f"what a run costs whose tokens skip blocks isn't known here; plan without {what}")
     width = model.width
     attention = dense = experts = router = 0
     for block in model.blocks():
@@ -53,13 +56,13 @@ def count_parameters(model: EncoderConfig) -> Parameters:
         dense += shared_params(ff, width)
         experts += ff.count * expert_params(ff, width)
     return Parameters(
-        embeddings=model.vocab_size * width + (model.positions.num_params(width) if model.positions else 0),
+        embeddings=model.num_embedding_params(),
         attention=attention,
         dense=dense,
         experts=experts,
         router=router,
-        norms=(2 + 2 * model.depth) * width,
-        head=width * width + width + model.vocab_size,  # dense, norm, and a bias for each word
+        norms=model.num_norm_params(),
+        head=MaskedLMHead.num_params(model),
     )
 
 
@@ -80,12 +83,12 @@ def small_tensors(run: RunConfig) -> dict[str, int]:
 
 def expert_params(ff: ExpertsConfig, width: int) -> int:
     """Of one expert."""
-    return DenseConfig(width=ff.width, activation=ff.activation).num_params(width)
+    return ff.expert.num_params(width)
 
 
 def shared_params(ff: ExpertsConfig, width: int) -> int:
     """Of the expert that every token passes."""
-    return DenseConfig(width=ff.shared_width, activation=ff.activation).num_params(width) if ff.shared_width else 0
+    return ff.shared.num_params(width) if ff.shared else 0
 
 
 def active_parameters(model: EncoderConfig) -> int:
@@ -112,12 +115,14 @@ def flops_per_token(run: RunConfig) -> Flops:
     backward.
     """
     model, length = run.model, run.data.max_length
-    blocks = model.flops_per_token(length)
-    head = targets_per_sequence(run) / length * 2 * model.width * (model.width + model.vocab_size)
+    encoder = model.flops_per_token(length)
+    head = targets_per_sequence(run) / length * 2 * model.table_width * (model.width + model.vocab_size)
     recomputed = 0.0
     if run.train.activation_checkpointing:
-        recomputed = blocks - sum(_not_recomputed(block, model.width) for block in model.blocks())
-    return Flops(blocks + head, 2 * (blocks + head), recomputed)
+        blocks = encoder - model.projection_flops()
+        spared = sum(_not_recomputed(block, model.width) for block in model.blocks())
+        recomputed = blocks - (spared if model.norm.kind == "pre" else 0)  # a norm behind it needs the last product
+    return Flops(encoder + head, 2 * (encoder + head), recomputed)
 
 
 def targets_per_sequence(run: RunConfig) -> int:

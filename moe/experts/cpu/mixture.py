@@ -44,8 +44,8 @@ class _Job(ctypes.Structure):
     ] + [
         (name, ctypes.c_void_p)
         for name in (
-            *("x", "up", "down", "assignments", "row_of", "kept", "weights", "pre", "out", "y"),
-            *("dy", "dpre", "wh", "dx_rows", "dx", "dweight", "dweights", "dup", "ddown"),
+            *("x", "up", "down", "assignments", "row_of", "kept", "weights", "up_bias", "pre", "out", "y"),
+            *("dy", "dpre", "wh", "dx_rows", "dx", "dweight", "dweights", "dup", "ddown", "dup_bias"),
         )
     ]
 
@@ -59,7 +59,13 @@ def serves(x: Tensor, *matrices: Tensor) -> bool:
 
 
 def cpu_mixture(
-    x: Tensor, weights: Tensor, plan: DispatchPlan, up: Tensor, down: Tensor, activation: Activation
+    x: Tensor,
+    weights: Tensor,
+    plan: DispatchPlan,
+    up: Tensor,
+    down: Tensor,
+    activation: Activation,
+    up_bias: Tensor | None = None,
 ) -> Tensor:
     """`moe.experts.mixture.Mixture` by compiled kernels.
 
@@ -69,7 +75,11 @@ def cpu_mixture(
     Besides, each thread keeps memory for the backward of the largest expert that it had to itself, `[rows, P + F]`.
     """
     _check(x, weights, plan, up, down, activation)
-    y: Tensor = _CpuMixture.apply(x, weights, up, down, plan, activation)
+    if up_bias is not None and (up_bias.shape != up.shape[::2] or not in_memory(up_bias)):
+        raise ValueError(
+            f"up_bias must be {tuple(up.shape[::2])} on a CPU like x, got {tuple(up_bias.shape)} on {up_bias.device}"
+        )
+    y: Tensor = _CpuMixture.apply(x, weights, up, down, None if up_bias is None else up_bias.float(), plan, activation)
     return y
 
 
@@ -105,6 +115,7 @@ class _CpuMixture(torch.autograd.Function):
         weights: Tensor,
         up: Tensor,
         down: Tensor,
+        up_bias: Tensor | None,
         plan: DispatchPlan,
         activation: Activation,
     ) -> Tensor:
@@ -113,7 +124,8 @@ class _CpuMixture(torch.autograd.Function):
         rows, tokens = plan.assignments.shape[0], x.shape[0]
         pre, out = x.new_empty(rows, up.shape[2]), x.new_empty(rows, x.shape[1])
         y = torch.empty_like(x)
-        job = _job(x, weights, up, down, plan, activation, pre=pre, out=out, y=y)
+        bias = None if up_bias is None else _plain(up_bias)
+        job = _job(x, weights, up, down, plan, activation, up_bias=bias, pre=pre, out=out, y=y)
         busy = _busy(plan)
         pieces = [task for expert in busy for task in _pieces(_Kind.FORWARD, *expert)]
         blocks = _pieces(_Kind.COMBINE, 0, 0, tokens)
@@ -128,12 +140,13 @@ class _CpuMixture(torch.autograd.Function):
             raise RuntimeError("the cpu backend has no second derivatives (create_graph); set backend: loop")
         x, weights, up, down, *planned, pre = ctx.saved_tensors  # type: ignore[attr-defined]
         busy, activation = ctx.busy, ctx.activation  # type: ignore[attr-defined]
-        wants_x, wants_weights, wants_up, wants_down, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
+        wants_x, wants_weights, wants_up, wants_down, wants_bias, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
         rows, tokens, threads = pre.shape[0], x.shape[0], torch.get_num_threads()
         dx_rows, dx = (x.new_empty(rows, x.shape[1]), torch.empty_like(x)) if wants_x else (None, None)
         dweight, dweights = weights.new_empty(rows), torch.empty_like(weights)
         dup = torch.empty_like(up) if wants_up else None
         ddown = torch.empty_like(down) if wants_down else None
+        dup_bias = torch.empty(len(up), up.shape[2]) if wants_bias else None
         first: list[Task] = []
         second: list[Task] = []
         for expert, start, end in busy:
@@ -147,11 +160,11 @@ class _CpuMixture(torch.autograd.Function):
         dpre, wh = (torch.empty_like(pre), x.new_empty(rows, down.shape[1])) if second else (None, None)
         second += _pieces(_Kind.SPREAD, 0, 0, tokens)
         grads = {"dpre": dpre, "wh": wh, "dweight": dweight, "dx_rows": dx_rows, "dx": dx, "dweights": dweights}
-        grads |= {"dy": _plain(dy), "dup": dup, "ddown": ddown}
+        grads |= {"dy": _plain(dy), "dup": dup, "ddown": ddown, "dup_bias": dup_bias}
         job = _job(x, weights, up, down, DispatchPlan(*planned), activation, pre=pre, **grads)
-        idle = _idle(len(up), busy) if wants_up or wants_down else None
+        idle = _idle(len(up), busy) if wants_up or wants_down or wants_bias else None
         _run(job, [first, second], 2 * rows * up.shape[1] * (up.shape[2] + down.shape[1]), idle)
-        return dx, dweights if wants_weights else None, dup, ddown, None, None
+        return dx, dweights if wants_weights else None, dup, ddown, dup_bias, None, None
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -66,13 +66,15 @@ ROUTINGS = {
 class Case(NamedTuple):
     """Numbers are float64, but such that bfloat16 holds them: one answer is right for every dtype."""
 
-    inputs: dict[str, Tensor]  # x [T, D], weights [T, K], up [E, D, P], down [E, F, D]
+    inputs: dict[str, Tensor]  # x [T, D], weights [T, K], up [E, D, P], down [E, F, D]; perhaps up_bias [E, P]
     routing: Routing
     activation: Activation
     upstream: Tensor  # [T, D]
 
 
-def case_of(routing: Routing, activation: Activation = "gelu", width: int = 40, hidden: int = 24) -> Case:
+def case_of(
+    routing: Routing, activation: Activation = "gelu", width: int = 40, hidden: int = 24, bias: bool = False
+) -> Case:
     def numbers(*shape: int) -> Tensor:
         return torch.randn(shape).bfloat16().double()
 
@@ -83,6 +85,8 @@ def case_of(routing: Routing, activation: Activation = "gelu", width: int = 40, 
         "up": numbers(experts, width, input_width(hidden, activation)) / 8,
         "down": numbers(experts, hidden, width) / 8,
     }
+    if bias:
+        inputs["up_bias"] = numbers(experts, input_width(hidden, activation))
     return Case(inputs, routing, activation, numbers(len(routing.choices), width))
 
 
@@ -92,18 +96,22 @@ class Solved(NamedTuple):
 
 
 @cache
-def solved(name: str, activation: Activation = "gelu", width: int = 40, hidden: int = 24) -> tuple[Case, Solved]:
+def solved(
+    name: str, activation: Activation = "gelu", width: int = 40, hidden: int = 24, bias: bool = False
+) -> tuple[Case, Solved]:
     """A case by the name of its routing, and the oracle's answer. Shared: not to be written to."""
     torch.manual_seed(0)
-    case = case_of(ROUTINGS[name](), activation, width, hidden)
-    x, weights, up, down = inputs = [tensor.clone().requires_grad_() for tensor in case.inputs.values()]
-    y = oracles.mixture(x, weights, case.routing.choices, case.routing.kept, up, down, activation)
-    return case, Solved(y.detach(), oracles.gradients(y, dict(zip(NAMES, inputs, strict=True)), [case.upstream]))
+    case = case_of(ROUTINGS[name](), activation, width, hidden, bias)
+    inputs = {name: tensor.clone().requires_grad_() for name, tensor in case.inputs.items()}
+    x, weights, up, down, *biases = inputs.values()
+    y = oracles.mixture(x, weights, case.routing.choices, case.routing.kept, up, down, activation, *biases)
+    return case, Solved(y.detach(), oracles.gradients(y, inputs, [case.upstream]))
 
 
 def leaves(case: Case, dtype: torch.dtype, stored: torch.dtype | None = None) -> dict[str, Tensor]:
     """The inputs to be differentiated, `up` and `down` in the dtype `stored` where that is another; float32 gates."""
-    dtypes = {"x": dtype, "weights": torch.float32, "up": stored or dtype, "down": stored or dtype}
+    kept = stored or dtype
+    dtypes = {"x": dtype, "weights": torch.float32, "up": kept, "down": kept, "up_bias": kept}
     if dtype == torch.float64:
         dtypes["weights"] = dtype
     return {name: tensor.detach().to(dtypes[name], copy=True).requires_grad_() for name, tensor in case.inputs.items()}
@@ -111,7 +119,8 @@ def leaves(case: Case, dtype: torch.dtype, stored: torch.dtype | None = None) ->
 
 def apply(mixture: Mixture, case: Case, inputs: Mapping[str, Tensor], plan: DispatchPlan | None = None) -> Tensor:
     x, weights, up, down = (inputs[name] for name in NAMES)
-    return mixture(x, weights, plan or plan_rows(case.routing), up, down, case.activation)
+    plan = plan or plan_rows(case.routing)
+    return mixture(x, weights, plan, up, down, case.activation, inputs.get("up_bias"))
 
 
 def solve(mixture: Mixture, case: Case, inputs: Mapping[str, Tensor], plan: DispatchPlan | None = None) -> Solved:

@@ -8,9 +8,10 @@ from moe.config import Activation, Backend, ExpertsConfig
 from moe.experts.dispatch import plan_rows
 from moe.experts.experts import Experts
 from moe.experts.layer import MoEFeedForward
+from routing import Routing
 from routing.errors import UserError
 from tests import oracles
-from tests.moe.experts.mixtures import counted
+from tests.moe.experts.mixtures import counted, drawn
 
 
 def test_names_and_shapes_of_saved_tensors_are_in_by_out() -> None:
@@ -19,16 +20,29 @@ def test_names_and_shapes_of_saved_tensors_are_in_by_out() -> None:
         return {name: tuple(p.shape) for name, p in experts.state_dict().items()}
 
     assert shapes("gelu") == {"up": (3, 8, 16), "down": (3, 16, 8)}
+    biased = Experts(ExpertsConfig(count=3, width=16, activation="geglu", bias=True), width=8)
+    assert {name: tuple(p.shape) for name, p in biased.state_dict().items() if "bias" in name} == {
+        "up_bias": (3, 32),
+        "down_bias": (3, 8),
+    }
     assert shapes("swiglu") == shapes("geglu") == {"up": (3, 8, 32), "down": (3, 16, 8)}
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu", "geglu"])
-def test_values_and_gradients_match_the_oracle(activation: Activation, backend: Backend) -> None:
-    experts = Experts(ExpertsConfig(count=3, width=16, activation=activation, backend=backend), width=8)
-    routing = counted(4, 0, 5)  # the second is idle
-    x, weights = torch.randn(9, 8, requires_grad=True), torch.randn(9, 1, requires_grad=True)
+@pytest.mark.parametrize(
+    "routing",
+    [counted(4, 0, 5), drawn(9, 3, 2, dropped=0.4, nobody=0.5)],  # of the first the second expert is idle
+    ids=["one each", "some dropped"],
+)
+def test_values_and_gradients_match_the_oracle(
+    routing: Routing, activation: Activation, bias: bool, backend: Backend
+) -> None:
+    experts = Experts(ExpertsConfig(count=3, width=16, activation=activation, bias=bias, backend=backend), width=8)
+    x, weights = torch.randn(9, 8, requires_grad=True), torch.randn(routing.choices.shape, requires_grad=True)
     fast = experts(x, weights, plan_rows(routing))
-    slow = oracles.mixture(x, weights, routing.choices, routing.kept, experts.up, experts.down, activation)
+    chosen, biases = (routing.choices, routing.kept), (experts.up_bias, experts.down_bias)
+    slow = oracles.mixture(x, weights, *chosen, experts.up, experts.down, activation, *biases)
     inputs = {"x": x, "weights": weights, **dict(experts.named_parameters())}
     upstream = oracles.random_like(fast)
     assert_close(fast, slow)

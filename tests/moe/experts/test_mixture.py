@@ -96,6 +96,22 @@ def assert_any_rows_are_right(backend: str, activation: Activation, width: int, 
             assert_near(found, exact, tolerance(dtype))
 
 
+@pytest.mark.usefixtures("uninitialised_is_nan")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("routing", ["5 rows", "257 rows", "top 2 of many", "choices left over"])
+def test_biases_and_their_gradients_match_the_oracle(
+    routing: str, activation: Activation, backend: str, mixture: Mixture
+) -> None:
+    case, exact = solved(routing, activation, bias=True)
+    fine = finest(backend)
+    for dtype, stored in [(fine, fine), *HALVES]:
+        inputs = leaves(case, dtype, stored)
+        found = solve(mixture, case, inputs)
+        assert_near(found, exact, tolerance(dtype))
+        assert found.grads["up_bias"].dtype == stored
+    assert_near(solve(mixture, case, leaves(case, fine), _plan_by_sorting(case.routing)), exact, tolerance(fine))
+
+
 def test_autocast_gives_weights_gradients_in_their_own_dtype(mixture: Mixture) -> None:
     case, _ = solved("top 2")
     found = solve(mixture, case, leaves(case, torch.bfloat16, torch.float32))

@@ -57,6 +57,7 @@ def case(
     width: int = 8,
     hidden: int = 12,
     dtype: torch.dtype | None = None,
+    bias: bool = False,
 ) -> dict[str, Tensor]:
     """Inputs by name, all of which want a gradient."""
     (tokens, top_k), experts = plan.kept.shape, len(plan.ends)
@@ -66,23 +67,27 @@ def case(
         "weights": torch.rand(tokens, top_k),
         "up": torch.randn(experts, width, columns) / width**0.5,
         "down": torch.randn(experts, hidden, width) / hidden**0.5,
+        **({"up_bias": torch.randn(experts, columns)} if bias else {}),
     }
     made = {name: t if name == "weights" else t.to(dtype) for name, t in made.items()}
     return {name: t.to(DEVICE).requires_grad_() for name, t in made.items()}
 
 
 def mixture(inputs: dict[str, Tensor], plan: DispatchPlan, activation: Activation = "gelu") -> Tensor:
-    return triton_mixture(inputs["x"], inputs["weights"], plan, inputs["up"], inputs["down"], activation)
+    x, weights, up, down, *bias = inputs.values()
+    return triton_mixture(x, weights, plan, up, down, activation, *bias)
 
 
 def oracle(inputs: dict[str, Tensor], plan: DispatchPlan, activation: Activation = "gelu") -> Tensor:
     """Expert by expert in float64."""
-    x, weights, up, down = (inputs[name].double() for name in ("x", "weights", "up", "down"))
+    x, weights, up, down, *bias = (tensor.double() for tensor in inputs.values())
     y = torch.zeros_like(x)
     for e, (start, end) in enumerate(pairwise([0, *plan.ends.tolist()])):
         assignments = plan.assignments[start:end]
         rows = x[assignments // plan.kept.shape[1]] @ up[e]
-        rows = activate(rows, activation) @ down[e] * weights.reshape(-1)[assignments, None]
+        rows = (
+            activate(rows + bias[0][e] if bias else rows, activation) @ down[e] * weights.reshape(-1)[assignments, None]
+        )
         y = y.index_add(0, assignments // plan.kept.shape[1], rows)
     return y
 
@@ -115,6 +120,14 @@ def test_every_activation_over_several_tiles_that_are_not_full(activation: Activ
     plan = plan_of([[0, 1], [1, 0]] * 9, experts=2)
     tolerance = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-4}
     assert_matches_oracle(case(plan, activation, width=36, hidden=40, dtype=dtype), plan, activation, **tolerance)
+
+
+@pytest.mark.usefixtures("uninitialised_is_nan")
+@pytest.mark.parametrize("activation", ["gelu", "geglu"])
+@pytest.mark.parametrize("choices", ["idle expert", "some dropped", "nothing kept"])
+def test_biases(choices: str, activation: Activation) -> None:
+    plan = plan_of(CHOICES[choices], nobodys=3)
+    assert_matches_oracle(case(plan, activation, width=20, hidden=36, bias=True), plan, activation)
 
 
 @pytest.mark.parametrize("tokens", [0, 2])

@@ -51,6 +51,7 @@ def test_routers_of_heads_are_counted_with_those_of_experts() -> None:
         ROUTED,
         ROUTED | {"model__overrides": [{"layers": [1], "feed_forward": {"kind": "dense"}}]},
         {"model__overrides": [{"layers": [1], "feed_forward": {"kind": "grouped", "width": 128}}]},
+        {"model__norm": {"kind": "post"}, "model__segments": 2, "model__embedding_width": 8, "model__head_bias": True},
     ],
 )
 def test_parameters_equal_the_built_model(changes: dict[str, Any]) -> None:
@@ -94,7 +95,7 @@ def counted_flops(run: RunConfig) -> int:
 
 
 def recomputed(run: RunConfig, ff: ExpertsConfig) -> bool:
-    return run.train.activation_checkpointing and ff.shared_width > 0
+    return run.train.activation_checkpointing and (ff.shared_width > 0 or run.model.norm.kind == "post")
 
 
 @settings(max_examples=10)
@@ -103,19 +104,27 @@ def recomputed(run: RunConfig, ff: ExpertsConfig) -> bool:
     checkpointing=st.booleans(),
     length=st.sampled_from([8, 21, 64]),
     rate=st.sampled_from([0.1, 0.5]),
+    published=st.sampled_from([{}, {"model__norm": {"kind": "post"}, "model__embedding_width": 12}]),
     overrides=st.sampled_from(
         [
             [],
+            [{"layers": [1], "feed_forward": {"kind": "dense", "bias": True}}],
             [{"layers": [0], "feed_forward": {"kind": "dense", "activation": "geglu"}}],
             [{"layers": [0, 1], "feed_forward": {"kind": "grouped", "groups": 4, "width": 32}}],
         ]
     ),
 )
 def test_flops_of_a_step_equal_those_torch_counts(
-    routed: dict[str, Any], checkpointing: bool, length: int, rate: float, overrides: list[Any]
+    routed: dict[str, Any],
+    checkpointing: bool,
+    length: int,
+    rate: float,
+    published: dict[str, Any],
+    overrides: list[Any],
 ) -> None:
     run = small_run(
         **routed,
+        **published,
         model__overrides=overrides,
         data__max_length=length,
         data__masking__rate=rate,
@@ -130,3 +139,16 @@ def test_a_memory_is_refused_by_name() -> None:
     run = small_run(model__block={"attention": {"heads": 2}, "feed_forward": {"kind": "memory"}})
     with pytest.raises(UserError, match=r"feed-forward of kind memory .* plan with kind: experts or dense"):
         count_parameters(run.model)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"model__stochastic_depth": {"kind": "linear"}}, "without stochastic_depth"),
+        ({"model__overrides": [{"layers": [1], "depth": {}}]}, "without depth: {kind: mixture_of_depths}"),
+    ],
+    ids=str,
+)
+def test_blocks_that_some_tokens_skip_are_refused(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=f"whose tokens skip blocks isn't known here; plan {named}"):
+        count_parameters(small_run(**given).model)

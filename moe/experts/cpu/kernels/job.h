@@ -18,12 +18,14 @@ struct Job {
     const int64_t* row_of;       // [T, K]
     const uint8_t* kept;         // [T, K]
     const float* weights;        // [T, K]
+    const float* up_bias;        // [E, P]; null: none
     void *pre, *out, *y;         // [R, P], [R, D], [T, D]
     const void* dy;              // [T, D]; used by the backward, like all that follow
     void *dpre, *wh;             // [R, P], [R, F]; null without tasks of the kinds BACKWARD_ROWS, BACKWARD_WEIGHTS
     void *dx_rows, *dx;          // [R, D], [T, D]; null: not wanted
     float *dweight, *dweights;   // [R], [T, K]
     void *dup, *ddown;           // like up and down; null: not wanted
+    float* dup_bias;             // [E, P]; null: not wanted
 };
 
 // A piece of work: `kind`, then what it is a piece of.

@@ -1,6 +1,6 @@
 // A mixture of experts, forward and backward, task by task. Shape legend in `job.h`; m rows of a slice.
 //
-//   pre = x[token] up_e      h = act(pre)      out = h down_e      y_t = sum_k weight_tk out[row_tk]
+//   pre = x[token] up_e + up_bias_e      h = act(pre)      out = h down_e      y_t = sum_k weight_tk out[row_tk]
 //
 // `X` is the type of activations, `W` that of weights: floats, bfloat16, or bfloat16 and floats, which are then rounded
 // while they are packed. Products are summed in float32. What a task computes depends on nothing but its rows.
@@ -75,6 +75,7 @@ private:
     X* weighted_h(int64_t row) const { return left.weighted_h + (row - left.first) * F; }
     X* dx(int64_t row) const { return (X*)job.dx_rows + row * D; }
     const W* up(int64_t expert) const { return (const W*)job.up + expert * D * P; }
+    const float* up_bias(int64_t expert) const { return job.up_bias + expert * P; }
     const W* down(int64_t expert) const { return (const W*)job.down + expert * F * D; }
 
     // ------------------------------------------------------------ rows
@@ -108,6 +109,12 @@ private:
         for (int64_t c = 0; c < count; c += LANES) store(to + c, load(from + c, count - c), count - c);
     }
 
+    template <typename T>
+    static void add_row(float* to, const T* row, int64_t count) {
+        for (int64_t c = 0; c < count; c += LANES)
+            store(to + c, load(to + c, count - c) + load(row + c, count - c), count - c);
+    }
+
     // ------------------------------------------------------------ forward
 
     void forward(int64_t expert, int64_t row, int64_t m) {
@@ -121,6 +128,8 @@ private:
         const float* in = floats(scratch.in, [&](int64_t i) { return x(row + i); }, m, D);
         float* sums = scratch.sums.get(m * (P > D ? P : D));
         with_constant<THIN>(m, [&](auto rows) { thin_multiply<rows>(in, up(expert), sums, D, P); });
+        if (job.up_bias)
+            for (int64_t i = 0; i < m; i++) add_row(sums + i * P, up_bias(expert), P);
         store_rows(pre(row), sums, m * P);
         float* h = scratch.between.get(m * F);
         for (int64_t i = 0; i < m; i++) activate_row(activation, pre(row + i), h + i * F, F);
@@ -131,8 +140,13 @@ private:
     void forward_thick(int64_t expert, int64_t row, int64_t m) {
         Unit<X>* panels = scratch.panels.get(2 * LANES * units_of<X>(D > F ? D : F));
         auto in = packed([&](int64_t i) { return x(row + i); }, m, D);
-        multiply<X>(in, m, Stored<X, W>{up(expert), D, P}, panels,
-                    [&](int64_t i, int64_t n, f32x16 a, f32x16 b) { store_pair(pre(row + i), n, a, b, P); });
+        multiply<X>(in, m, Stored<X, W>{up(expert), D, P}, panels, [&](int64_t i, int64_t n, f32x16 a, f32x16 b) {
+            if (job.up_bias) {
+                a += load(up_bias(expert) + n, P - n);
+                b += load(up_bias(expert) + n + LANES, P - n - LANES);
+            }
+            store_pair(pre(row + i), n, a, b, P);
+        });
         X* h = scratch.h.get(m * F);
         for (int64_t i = 0; i < m; i++) activate_row(activation, pre(row + i), h + i * F, F);
         in = packed([&](int64_t i) { return h + i * F; }, m, F);
@@ -193,6 +207,7 @@ private:
     // ------------------------------------------------------------ backward: weights
 
     // One of several parts of an expert's gradients: some of their rows, summed over all of its rows of activations.
+    // That of its bias, a small thing, goes with the first part.
     void backward_weights(const Task& task) {
         const int64_t first = task.from, m = task.to - task.from;
         auto begin = [&](int64_t all, int64_t part) {
@@ -208,6 +223,11 @@ private:
         if (job.ddown)
             weight_gradient(h_row, dy_row, m, F, D, begin(F, task.part), begin(F, task.part + 1),
                             (W*)job.ddown + task.expert * F * D);
+        if (job.dup_bias && task.part == 0) {
+            float* total = job.dup_bias + task.expert * P;
+            memset(total, 0, P * sizeof(float));
+            for (int64_t i = 0; i < m; i++) add_row(total, dpre_row(i), P);
+        }
     }
 
     // Rows from .. to of out [k, n] = left [m, k]^T right [m, n]; left(i) and right(i) are where rows i begin.
