@@ -53,7 +53,7 @@ class Begin(Protocol):
 class Listened(NamedTuple):
     """A model as the recorder sees it."""
 
-    root: nn.Module  # whose call is one forward pass
+    roots: list[nn.Module]  # a call of any is a forward pass, and calls within it are part of it
     routers: Mapping[str, nn.Module]
     begin: Begin | None
     read: Callable[[str, tuple[Any, ...], Any], Recorded]  # (router's name, its arguments, its output)
@@ -63,7 +63,8 @@ class RoutingRecorder:
     """Records every router's `Routing` of every forward pass made inside the `with` block.
 
     Nothing about a result changes: it only listens. A block that is computed again for its backward (activation
-    checkpointing) isn't recorded twice.
+    checkpointing) isn't recorded twice. A forward pass is a call of the model or of its encoder: what runs blocks one
+    by one, as early exit does, isn't heard.
 
     Args:
         model: a model with `routers()`, or an `encoder` that has them; or of transformers Mixtral, OLMoE, Qwen3-MoE or
@@ -91,6 +92,7 @@ class RoutingRecorder:
         self._most_tokens = most_tokens
         self._kept: deque[tuple[int, dict[str, Recorded]]] = deque()  # with the forward pass's number
         self._pending: dict[str, Recorded] | None = None  # of the forward pass under way
+        self._depth = 0  # of calls within each other
         self._handles: list[RemovableHandle] = []
         self.forwards = 0  # recorded so far, kept or not
 
@@ -100,10 +102,11 @@ class RoutingRecorder:
         return list(self._listened.routers)
 
     def __enter__(self) -> Self:
-        root, routers, _, _ = self._listened
+        roots, routers, _, _ = self._listened
+        self._depth = 0
         self._handles = [
-            root.register_forward_pre_hook(self._begin, with_kwargs=True),
-            root.register_forward_hook(self._end, always_call=True),
+            *(root.register_forward_pre_hook(self._begin, with_kwargs=True) for root in roots),
+            *(root.register_forward_hook(self._end, always_call=True) for root in roots),
             *(router.register_forward_hook(self._hear(name)) for name, router in routers.items()),
         ]
         return self
@@ -164,6 +167,9 @@ class RoutingRecorder:
             raise KeyError(f"no router '{router}'; there are {', '.join(self.routers)}")
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._depth += 1
+        if self._depth > 1:
+            return
         self._pending = {}
         if self._listened.begin is not None:
             self._listened.begin(args, kwargs)
@@ -177,6 +183,9 @@ class RoutingRecorder:
         return heard
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
         recorded, self._pending = self._pending, None
         if not recorded or output is None:  # None: the forward raised
             return
@@ -198,16 +207,16 @@ _FILL = {"choices": -1, "weights": 0.0, "kept": False}
 def _listen_to(model: nn.Module) -> Listened:
     if hasattr(model, "_orig_mod"):
         raise ValueError("the model is compiled, and its graph has no hooks; record the model that torch.compile took")
-    for root in (model, getattr(model, "encoder", None)):
-        routers = getattr(root, "routers", None)
-        if isinstance(root, nn.Module) and callable(routers):
-            found: dict[str, nn.Module] = dict(routers())
-            if not found:
-                raise ValueError("the model has no router: no layer of it has experts, routed heads or routed splits")
-            return Listened(root, found, None, _ours)
+    encoder = getattr(model, "encoder", None)
+    roots = [one for one in (model, encoder) if isinstance(one, nn.Module) and callable(getattr(one, "routers", None))]
+    if roots:  # the first knows all of them; its encoder may be called alone
+        found: dict[str, nn.Module] = dict(roots[0].routers())  # type: ignore[operator]
+        if not found:
+            raise ValueError("the model has no router: no layer of it has experts, routed heads or routed splits")
+        return Listened(roots, found, None, _ours)
     theirs = foreign_routers(model)
     return Listened(
-        model, theirs.routers, theirs.begin, lambda name, args, output: Recorded(*theirs.read(name, args, output))
+        [model], theirs.routers, theirs.begin, lambda name, args, output: Recorded(*theirs.read(name, args, output))
     )
 
 

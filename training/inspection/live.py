@@ -1,6 +1,5 @@
 """A running run's routing on held-out text: what its statistics alone don't tell, for TensorBoard."""
 
-from collections.abc import Mapping
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -8,6 +7,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from moe.encoder import Encoder
 from routing import Recorded, RoutingRecorder
 from routing.types import Routing, Tokens
 from training.inspection.collect import places_of, rows_of
@@ -38,8 +38,9 @@ class HeldOutLook:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, vocab_size: int, max_length: int) -> None:
-        self._model = model
-        self._routers: Mapping[str, nn.Module] = model.encoder.routers()  # type: ignore[operator, union-attr]
+        encoder = model.encoder
+        assert isinstance(encoder, Encoder)
+        self._encoder, self._routers = encoder, encoder.routers()
         self._words: Words = describe_words(tokenizer, vocab_size)
         self._max_length = max_length
         self._places = PlaceCounts(0, 0, _CPU)
@@ -47,7 +48,7 @@ class HeldOutLook:
 
     def __enter__(self) -> Self:
         self._counts, self._places = {}, PlaceCounts(len(self._words.texts), self._max_length, _CPU)
-        self._recorder = RoutingRecorder(self._model, each=self._add)
+        self._recorder = RoutingRecorder(self._encoder, each=self._add)
         self._recorder.__enter__()
         return self
 

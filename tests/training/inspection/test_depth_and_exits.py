@@ -27,7 +27,7 @@ MASKING = MaskingConfig(rate=0.3)
 
 def config(depth_of_layer_1: bool = False, exits: ExitsConfig | None = None) -> EncoderConfig:
     block = {"feed_forward": ExpertsConfig(count=3, width=16, router=TokenChoiceConfig(top_k=2))}
-    overrides = [{"layers": [1], "block": {"depth": MixtureOfDepthsConfig(capacity=0.5)}}] if depth_of_layer_1 else []
+    overrides = [{"layers": [1], "depth": MixtureOfDepthsConfig(capacity=0.5)}] if depth_of_layer_1 else []
     data = {"vocab_size": WORDS, "width": 16, "depth": 3, "dropout": 0.0, "exits": exits, "overrides": overrides}
     return EncoderConfig.model_validate({**data, "block": BlockConfig.model_validate(block).model_dump()})
 
@@ -68,7 +68,7 @@ def test_a_layer_that_computes_some_tokens_is_counted_by_those_it_saw() -> None:
 
 def test_exits_are_told_as_the_model_leaves() -> None:
     assert exits_of(MaskedLM(config()), sequences_of(), MASKING, VOCABULARY) is None
-    asked = ExitsConfig(layers=(0, 1), criterion=FixedExitConfig(layer=1))
+    asked = ExitsConfig(layers=(0, 1), criterion=FixedExitConfig(threshold=1))
     found = exits_of(MaskedLM(config(exits=asked)).eval(), sequences_of(), MASKING, VOCABULARY)
     assert found is not None
     assert (found.layers, found.histogram, found.accuracy) == ([0, 1, 2], [0, 20, 0], None)
@@ -87,3 +87,16 @@ def test_a_model_for_a_task_leaves_too() -> None:
         int(early_exit(model, torch.from_numpy(ids), batch=pack_lengths([len(ids)])).exit_layer) for _, ids in sequences
     ]
     assert found.histogram == [left.count(layer) for layer in (0, 1, 2)]
+
+
+def test_the_recorder_hears_the_routers_of_exits_as_well() -> None:
+    asked = ExitsConfig.model_validate({"layers": [0, 1], "router": {}, "criterion": {"kind": "learned"}})
+    model = MaskedLM(config(exits=asked)).eval()
+    ids = torch.randint(5, WORDS, (2, 6))
+    with torch.no_grad(), RoutingRecorder(model) as recorder:
+        model(ids)
+        model.encoder(ids)  # alone, without exits
+    assert set(recorder.routers) == set(model.routers())
+    assert {name for name in recorder.routers if name.endswith(".exit")} == {"0.exit", "1.exit"}
+    assert [len(one.tokens.ids) for one in recorder.records("2.experts")] == [12, 12]
+    assert len(recorder.records("1.exit")) == 1
