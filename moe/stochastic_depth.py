@@ -73,11 +73,11 @@ class StochasticDepth(nn.Module):
         self.register_buffer("noise_state", new_state())
 
     def forward(self, batch: PackedBatch, tokens: Tokens) -> list[Survivors]:
-        """For each layer, what of the batch it processes. Reads who that is: a GPU is waited for, before any layer."""
-        return self._survivors(batch, tokens)
+        """For each layer, what of the batch it processes.
 
-    @torch.compiler.disable  # a compiled graph breaks here: shapes are decided by values
-    def _survivors(self, batch: PackedBatch, tokens: Tokens) -> list[Survivors]:
+        Who that is decides shapes and is read, for all layers at once: a GPU is waited for, and a compiled graph
+        breaks, before the first layer.
+        """
         kept = self.survivors(tokens).cpu()
         scales = [1 / (1 - rate) for rate in self.rates]
         return [

@@ -40,7 +40,7 @@ class UpcycleConfig(Config):
     """What dense layers become: experts that are copies of a layer's network, or slices of it, several times over.
 
     With `granularity` G an expert is a G-th of the network's hidden units, and a router's rows for the G slices of one
-    copy start equal (virtual groups, arXiv 2410.07524, section 3.3): so a token takes whole copies, all slices of one.
+    copy start equal (virtual groups, arXiv 2410.07524): so a token takes whole copies, all slices of one.
     """
 
     experts: int = Field(default=8, ge=1)  # of a layer, all slices counted

@@ -225,11 +225,15 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases and other vectors don't."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    # ZeRO-3 hides a partitioned parameter's shape, so ask for the whole one's.
-    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
-    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    """Matrices decay; norms, biases (also of stacked experts and heads) and other vectors don't."""
+
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        # ZeRO-3 hides a partitioned parameter's shape, so ask for the whole one's.
+        return len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and not name.endswith("bias")
+
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in trained.items() if decays(name, p)]
+    vectors = [p for name, p in trained.items() if not decays(name, p)]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay, "name": "decay"},
         {"params": vectors, "weight_decay": 0.0, "name": "no_decay"},

@@ -19,6 +19,7 @@ from moe.tasks.model import TaskModel
 from moe.upcycling import ALL, Difference, Layers, UpcycleConfig, UpcycleHeadsConfig, difference, upcycle
 from routing.config import LearnedConfig, TokenChoiceConfig
 from routing.errors import UserError
+from training.checkpoint_files import some
 
 TOLERANCE = 1e-5  # of outputs in float32, relative to the largest number
 SEQUENCES, LENGTH = 16, 128  # of what outputs are compared on, at most
@@ -29,7 +30,8 @@ Batches = list[tuple[Tensor, Tensor]]  # ids and mask, [B, L] each
 class Dense(NamedTuple):
     model: MaskedLM | TaskModel  # float32
     tokenizer: str | None
-    has_head: bool  # whether its logits are anybody's
+    has_head: bool = True  # whether its logits are anybody's
+    left_out: tuple[str, ...] = ()  # tensors of a published folder that nothing of ours is for
 
 
 class Request(NamedTuple):
@@ -65,6 +67,8 @@ def run_upcycle(request: Request, console: Console) -> None:
     if reasons and not request.inexact:
         raise UserError(f"its outputs would not be the dense ones: {'; '.join(reasons)}; or give --inexact")
     console.print(f"{request.dense} -> {request.out}" + "".join(f"\n  not exact: {reason}" for reason in reasons))
+    if dense.left_out:
+        console.print(f"  left out, as nothing here is for it: {some(list(dense.left_out), 3)}")
     given = {"given text": _text_batches(request.data, dense)} if request.data else {}
     batches = {"random tokens": _random_batches(dense.model.config, config.seed), **given}
     try:
@@ -97,9 +101,9 @@ def read_dense(folder: Path) -> Dense:
         kind = None  # told below, by who reads it
     if kind != MODEL_TYPE:
         read = from_published(folder)
-        return Dense(read.model, read.tokenizer, read.has_head)
+        return Dense(read.model, read.tokenizer, read.has_head, read.left_out)
     model, file = load_model(folder), folder / TOKENIZER
-    return Dense(model.float(), file.read_text(encoding="utf-8") if file.exists() else None, has_head=True)
+    return Dense(model.float(), file.read_text(encoding="utf-8") if file.exists() else None)
 
 
 def parse_layers(text: str) -> Layers:

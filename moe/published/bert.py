@@ -28,7 +28,7 @@ from moe.published.parts import (
 
 
 def _softmax(settings: Settings) -> dict[str, Any]:
-    return {"kind": "softmax", "heads": settings.number("num_attention_heads"), "positions": None, "bias": True}
+    return {"kind": "softmax", "heads": settings.count("num_attention_heads"), "positions": None, "bias": True}
 
 
 def _with_shared_bias(settings: Settings) -> dict[str, Any]:
@@ -38,14 +38,14 @@ def _with_shared_bias(settings: Settings) -> dict[str, Any]:
 
 def _mixed(settings: Settings) -> dict[str, Any]:
     """ConvBERT's halves are each half as wide as the model, whatever its `head_ratio`, which divides heads alone."""
-    heads = max(1, settings.number("num_attention_heads") // settings.get("head_ratio", 2))
-    taps = settings.get("conv_kernel_size", 9)
+    heads = max(1, settings.count("num_attention_heads") // max(1, settings.count("head_ratio", 2)))
+    taps = settings.count("conv_kernel_size", 9)
     return {"kind": "mixed", "heads": 2 * heads, "kernel_size": taps, "positions": None, "bias": True}
 
 
 def _first_position(settings: Settings) -> int:
     """RoBERTa's positions begin behind that of padding, so the table's first rows are nobody's."""
-    return int(settings.get("pad_token_id", 1)) + 1
+    return settings.count("pad_token_id", 1) + 1
 
 
 class Layout(NamedTuple):
@@ -130,14 +130,14 @@ def read_bert(settings: Settings, weights: Weights) -> Read:
     refuse_activation(settings, "hidden_act")
     embeddings = _embeddings(weights, layout.first_position(settings))
     tokens, positions = embeddings["tokens.weight"], embeddings["positions.weight"]
-    width, groups = settings.number("hidden_size"), settings.get("num_groups", 1)
-    feed_forward = {"kind": "dense", "width": settings.number("intermediate_size"), "bias": True}
+    width, groups = settings.count("hidden_size"), settings.count("num_groups", 1)
+    feed_forward = {"kind": "dense", "width": settings.count("intermediate_size"), "bias": True}
     if groups > 1:
         feed_forward |= {"kind": "grouped", "groups": groups}
     config = {
         "vocab_size": len(tokens),
         "width": width,
-        "depth": settings.number("num_hidden_layers"),
+        "depth": settings.count("num_hidden_layers"),
         "block": {"attention": layout.attention_config(settings), "feed_forward": feed_forward},
         "embedding_width": tokens.shape[1] if "projection.weight" in embeddings else None,
         "segments": len(embeddings.get("segments.weight", ())),

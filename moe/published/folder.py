@@ -21,15 +21,15 @@ class Settings:
         self.values = values
         self.source = source
 
-    def number(self, name: str) -> Any:
-        """One that has no default.
+    def count(self, name: str, default: int | None = None) -> int:
+        """A whole number; without a default it must be there.
 
         Raises:
-            UserError: if it isn't there, or isn't a number.
+            UserError: if it isn't, or is something else.
         """
-        value = self.values.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{self.source} gives {name} as {value!r}; a {self.kind} model needs a number there")
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise UserError(f"{self.source} gives {name} as {value!r}; a {self.kind} model needs a whole number there")
         return value
 
     def get(self, name: str, default: Any) -> Any:

@@ -31,18 +31,18 @@ def read_modernbert(settings: Settings, weights: Weights) -> Read:
     refuse_decoders(settings)
     refuse_activation(settings, "hidden_activation")
     refuse_activation(settings, "classifier_activation")
-    tokens, depth = weights["embeddings.tok_embeddings.weight"], settings.number("num_hidden_layers")
+    tokens, depth = weights["embeddings.tok_embeddings.weight"], settings.count("num_hidden_layers")
     kinds = _layer_kinds(settings, depth)
     full = [n for n, kind in enumerate(kinds) if kind == _FULL]
     config = {
         "vocab_size": len(tokens),
-        "width": settings.number("hidden_size"),
+        "width": settings.count("hidden_size"),
         "depth": depth,
         "block": {
             "attention": _attention(settings, _LOCAL),
             "feed_forward": {
                 "kind": "dense",
-                "width": settings.number("intermediate_size"),
+                "width": settings.count("intermediate_size"),
                 "activation": "geglu",
                 "bias": settings.get("mlp_bias", False),
             },
@@ -67,7 +67,7 @@ def read_modernbert(settings: Settings, weights: Weights) -> Read:
 
 def _layer_kinds(settings: Settings, depth: int) -> list[str]:
     """Of each layer; older configs say how often a full one comes."""
-    every = settings.get("global_attn_every_n_layers", 3)
+    every = max(1, settings.count("global_attn_every_n_layers", 3))
     kinds = settings.get("layer_types", [_LOCAL if n % every else _FULL for n in range(depth)])
     if len(kinds) != depth or not set(kinds) <= {_FULL, _LOCAL}:
         raise UserError(
@@ -82,10 +82,14 @@ def _attention(settings: Settings, kind: str) -> dict[str, Any]:
         raise UserError(f"{settings.source} stretches its rotary positions ({rope}), which isn't read here")
     name, default = _THETAS[kind]
     attention = {
-        "heads": settings.number("num_attention_heads"),
+        "heads": settings.count("num_attention_heads"),
         "positions": {"kind": "rotary", "theta": rope.get("rope_theta", settings.get(name, default))},
         "bias": settings.get("attention_bias", False),
     }
     if kind == _FULL:
         return {"kind": "softmax", **attention}
-    return {"kind": "local", "window": settings.get("local_attention", 128) // 2 * 2, **attention}  # half to each side
+    return {
+        "kind": "local",
+        "window": settings.count("local_attention", 128) // 2 * 2,
+        **attention,
+    }  # half to each side

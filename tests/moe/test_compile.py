@@ -104,6 +104,22 @@ def test_training_is_one_graph_for_batches_of_any_shape() -> None:
     assert counter.frame_count == 1
 
 
+def test_an_encoder_as_published_with_experts_is_one_graph() -> None:
+    experts = {"kind": "experts", "count": 8, "width": 8, "shared_width": 8, "bias": True, "backend": "torch"}
+    block = {"attention": {"heads": 2, "positions": None, "bias": True}, "feed_forward": experts}
+    shape = {"vocab_size": 30, "width": 8, "depth": 2, "embedding_width": 4, "segments": 2, "norm": {"kind": "post"}}
+    encoder = Encoder(EncoderConfig.model_validate({**shape, "block": block, "positions": {"max_length": 20}}))
+    fast, counter = compiled(encoder)
+    for i, lengths in enumerate(LENGTHS[:3]):
+        ids, batch = packed(lengths)
+        segments = ids % 2
+        for tensor in (ids, segments, *batch):
+            if i == 0 and isinstance(tensor, Tensor):
+                torch._dynamo.mark_dynamic(tensor, 0)
+        assert_same(fast, encoder, encoder, ids, batch=batch, segment_ids=segments)
+    assert counter.frame_count == 2  # the longest sequence is a number that learned positions are held against
+
+
 def test_routed_heads_are_in_the_graph() -> None:
     chosen = ("softmax, renormalized", "sequence scope")
     overrides = [

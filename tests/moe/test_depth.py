@@ -9,16 +9,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from moe.attention.kinds import AttentionConfig
 from moe.batch import PackedBatch, pack_lengths
 from moe.block import BlockOutput, EncoderBlock
 from moe.config import BlockConfig, EncoderConfig
 from moe.encoder import Encoder, EncoderOutput
+from moe.positions.rotary import RotaryConfig
 from routing import Tokens, add_stats
 from tests import oracles
 from tests.moe.attention.kinds import KINDS, WIDTH
@@ -89,6 +91,21 @@ def test_it_equals_the_loop_with_every_attention(attention: dict[str, Any]) -> N
         else:
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()) + 1e-6, msg=name)
     assert found[0][list(inputs).index("depth.router.logits.weight")].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kernel", [None, "loop"])
+@pytest.mark.parametrize("attention", [c for c in KINDS.values() if c["kind"] != "linformer"], ids=str)
+def test_what_counts_rows_counts_those_of_the_chosen(
+    attention: dict[str, Any], kernel: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel:
+        monkeypatch.setattr("moe.attention.window.choose_kernel", lambda *_: kernel)
+    kind = TypeAdapter(AttentionConfig).validate_python(attention)
+    rotary = isinstance(getattr(kind, "positions", None), RotaryConfig)
+    layer = block_of(attention | ({"positions": None} if rotary else {}), DENSE).attention
+    x, (batch, tokens) = torch.randn(21, WIDTH), packed(LENGTHS)
+    sparse = batch._replace(positions=5 + 3 * batch.positions)
+    assert torch.equal(layer(x, sparse, tokens)[0], layer(x, batch, tokens)[0])
 
 
 @pytest.mark.parametrize("capacity", [0.25, 0.7, 1.0])

@@ -26,6 +26,7 @@ class Case(NamedTuple):
     router: str = "softmax, renormalized"
     tokens: list[int] = UNEVEN
     shared_width: int = 12
+    bias: bool = False
     backend: str = "auto"
     recompute: bool = False
     autocast: bool = False
@@ -38,6 +39,7 @@ CASES = [
     *(Case(router) for router in ROUTERS),
     *(Case(tokens=tokens, shared_width=width) for tokens in (EVEN, ONE_IDLE, ALL_IDLE) for width in (12, 0)),
     *(Case(tokens=tokens, recompute=True) for tokens in (UNEVEN, ONE_IDLE, ALL_IDLE)),
+    *(Case("capacity by position", tokens, bias=True, recompute=True) for tokens in (UNEVEN, ONE_IDLE, ALL_IDLE)),
     *(Case("hash", tokens, same_ids=True) for tokens in (UNEVEN, ONE_IDLE)),
     *(Case("capacity by position", longer_plan=True, recompute=recompute) for recompute in (False, True)),
     *(Case(all_dropped=True, recompute=recompute) for recompute in (False, True)),
@@ -61,7 +63,7 @@ def compare(case: Case, seed: int, group: dist.ProcessGroup) -> None:
     """Output, statistics, and the gradient of the input and of every parameter, under a random upstream gradient."""
     torch.manual_seed(seed)
     config = {"router": ROUTERS[case.router], "count": 8, "width": 16, "shared_width": case.shared_width}
-    whole = MoEFeedForward(ExpertsConfig(**config, backend=case.backend), WIDTH)
+    whole = MoEFeedForward(ExpertsConfig(**config, bias=case.bias, backend=case.backend), WIDTH)
     with_opinions(whole.router)
     layer = deepcopy(whole)
     shard_experts(layer, group)

@@ -52,6 +52,7 @@ def test_it_is_the_formula() -> None:
         logits(0.0, math.log(3)),
         {"0.experts": stats([3.0, 1.0], [3, 1], 8.0, 4), "1.experts": stats([1.0, 3.0], [2, 2], 2.0, 4)},
         {},
+        {},
     )
     assigned = {name: routed.assigned for name, routed in output.routing.items()}
     loss, parts = share(output, torch.tensor([0, 0]), 2, 4, assigned)
@@ -67,7 +68,7 @@ def test_it_is_the_formula() -> None:
 
 def test_its_gradient_is_that_of_the_formula() -> None:
     routed = stats([3.0, 1.0], [3, 1], 8.0, 4)
-    output = MaskedLMOutput(logits(0.0), {"0.experts": routed}, {})
+    output = MaskedLMOutput(logits(0.0), {"0.experts": routed}, {}, {})
     loss, _ = share(output, torch.tensor([0]), 2, 4, {"0.experts": routed.assigned})
     loss.backward()
     assert output.logits.grad is not None
@@ -78,13 +79,15 @@ def test_its_gradient_is_that_of_the_formula() -> None:
 
 
 def test_without_routers_there_is_cross_entropy_alone() -> None:
-    loss, parts = share(MaskedLMOutput(logits(0.0), {}, {}), torch.tensor([0]), 1, 4, {})
+    loss, parts = share(MaskedLMOutput(logits(0.0), {}, {}, {}), torch.tensor([0]), 1, 4, {})
     assert list(parts) == ["masked_lm"]
     assert float(loss) == pytest.approx(math.log(2))
 
 
 def test_a_share_without_targets_is_nothing() -> None:
-    empty = MaskedLMOutput(torch.zeros(0, 2, requires_grad=True), {"0.experts": stats([0.0, 0.0], [0, 0], 0.0, 0)}, {})
+    empty = MaskedLMOutput(
+        torch.zeros(0, 2, requires_grad=True), {"0.experts": stats([0.0, 0.0], [0, 0], 0.0, 0)}, {}, {}
+    )
     none = torch.zeros(0, dtype=torch.int64)
     loss, parts = share(empty, none, 0, 0, {"0.experts": torch.zeros(2, dtype=torch.int64)})
     assert float(loss) == 0
@@ -101,7 +104,7 @@ def shares(own_counts: bool) -> tuple[list[dict[str, float]], dict[str, float]]:
     whole = stats([2.5, 3.5], [3, 3], 8.0, 6)
 
     def parts(values: list[float], routed: RoutingStats, counts: Tensor) -> dict[str, float]:
-        output = MaskedLMOutput(logits(*values), {"0.experts": routed}, {})
+        output = MaskedLMOutput(logits(*values), {"0.experts": routed}, {}, {})
         zeros = torch.zeros(len(values), dtype=torch.int64)
         _, result = share(output, zeros, 3, 6, {"0.experts": counts})
         return {name: float(part) for name, part in result.items()}

@@ -87,6 +87,7 @@ def test_a_discriminators_fresh_head_is_told(tmp_path: Path, capsys: pytest.Capt
     printed = capsys.readouterr().out
     assert len(errors(printed)) == 1
     assert "no masked-LM head: the routed model's is a fresh one" in printed
+    assert "left out, as nothing here is for it: discriminator_predictions.dense.bias, " in printed
 
 
 def test_an_inexact_setting_is_refused_or_reported_with_its_error(

@@ -28,8 +28,8 @@ class DataConfig(Config):
     num_proc: Annotated[int, Field(ge=1)] = 1
 
 
-def cache_folder(config: DataConfig) -> Path:
+def cache_folder(cache_dir: str | None) -> Path:
     """Where prepared data is kept: `cache_dir`, else `routed-encoder` below XDG_CACHE_HOME or ~/.cache."""
-    if config.cache_dir is not None:
-        return Path(config.cache_dir).expanduser()
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "routed-encoder"

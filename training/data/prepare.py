@@ -51,7 +51,7 @@ def prepare(config: DataConfig, tokenizer_path: Path | None = None) -> PreparedD
     Raises:
         DataError: for data, a tokenizer or a cache folder that can't be used.
     """
-    cache = cache_folder(config)
+    cache = cache_folder(config.cache_dir)
     with data_errors(cache):
         documents = load_corpus(config.corpus, cache)
         if isinstance(config.held_out, float):

@@ -4,11 +4,9 @@ A row is a document: a line, a block or a file of text, a line of JSON, a row of
 row number as well, so that a row always means the same document.
 """
 
-import codecs
 import glob
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -22,6 +20,7 @@ from pydantic import Field, model_validator
 
 from routing.config import Config
 from training.data.errors import DataError
+from training.data.lines import blocks, json_object, lines
 
 # Rows of a table that are read at a time.
 _BATCH = 1000
@@ -117,12 +116,12 @@ def file_texts(config: FileCorpus, file: str, row: int = 0, step: int = 1) -> It
     """
     match config:
         case TextCorpus(document="line"):
-            yield from (text for _, text in _lines(file, row, step))
+            yield from (text for _, text in lines(file, row, step))
         case TextCorpus(document=document):
-            documents = _blocks(file) if document == "block" else iter(["\n".join(t for _, t in _lines(file))])
+            documents = blocks(file) if document == "block" else iter(["\n".join(t for _, t in lines(file))])
             yield from islice(documents, row, None, step)
         case JsonlCorpus():
-            yield from (_json_text(line, f"{file}, line {n}", config.column) for n, line in _lines(file, row, step))
+            yield from (_json_text(line, f"{file}, line {n}", config.column) for n, line in lines(file, row, step))
         case ParquetCorpus():
             yield from _parquet_texts(file, config.column, row, step)
 
@@ -141,52 +140,10 @@ def matching(patterns: list[str]) -> list[str]:
     return list(files)
 
 
-def _lines(file: str, row: int = 0, step: int = 1) -> Iterator[tuple[int, str]]:
-    """(1-based number, text) of lines: without their ends, and the byte order mark that some editors write."""
-    offset = 0
-
-    def measured(stream: Iterable[bytes]) -> Iterator[tuple[int, int, bytes]]:
-        nonlocal offset
-        for number, line in enumerate(stream, 1):
-            start, offset = offset, offset + len(line)
-            yield number, start, line
-
-    try:
-        with open(file, "rb") as stream:
-            for number, start, line in islice(measured(stream), row, None, step):
-                try:
-                    yield number, line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode().rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    raise DataError(
-                        f"{file} isn't UTF-8: line {number}, byte {start + error.start} of the file "
-                        f"({error.reason}); convert it, for example with `iconv -f latin1 -t utf-8`"
-                    ) from None
-    except OSError as error:
-        raise DataError(f"{file} can't be read: {error}") from error
-
-
-def _blocks(file: str) -> Iterator[str]:
-    block: list[str] = []
-    for _, line in _lines(file):
-        if line.strip():
-            block.append(line)
-        elif block:
-            yield "\n".join(block)
-            block = []
-    yield "\n".join(block)
-
-
 def _json_text(line: str, where: str, column: str) -> str:
     if not line.strip():
         return ""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} isn't valid JSON: {error}; each line must be a JSON object") from None
-    if not isinstance(row, dict):
-        raise DataError(
-            f"{where} is a JSON {type(row).__name__}; each line must be an object with the text under '{column}'"
-        )
+    row = json_object(line, where)
     check_column(list(row), column, where)
     return _text(row[column], column, where)
 

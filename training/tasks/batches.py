@@ -155,7 +155,7 @@ class TaskStream:
 def evaluation_batches(
     items: Dataset,
     task: TaskConfig,
-    spec: TaskSpec,
+    spec: TaskSpec | None = None,
     *,
     micro_batch_tokens: int,
     rank: int = 0,
@@ -165,12 +165,14 @@ def evaluation_batches(
     """This rank's share of a set, each item once, by similar length; `rows` and `items` tell the order.
 
     Together the ranks see each item once. They may yield different numbers of batches (none included), so don't
-    communicate per batch. A batch exceeds `micro_batch_tokens` only with a single atom. Groups are neighbours in the
-    set.
+    communicate per batch. A batch exceeds `micro_batch_tokens` only with a single atom.
+
+    Args:
+        spec: says which pairs are a group, neighbours in the set; without it there are none, as for predictions.
     """
     lengths = sequence_lengths(items)
     table = items.with_format("arrow")
-    atoms = _atoms(range(len(lengths)), lengths, group_size(spec))[rank::world]
+    atoms = _atoms(range(len(lengths)), lengths, 1 if spec is None else group_size(spec))[rank::world]
     for start in range(0, len(atoms), window):
         together: list[Atom] = []
         filled = 0

@@ -15,8 +15,8 @@ Dropout = Annotated[float, Field(ge=0, lt=1)]
 class ExampleFiles(Config):
     """Local files with an example in each row, or patterns of them.
 
-    The name's ending says how to read one: `.jsonl` and `.json` (an object per line), `.csv` (with a header), `.tsv`
-    (the same between tabs, where quotes are ordinary characters) or `.parquet`. Columns of CSV and TSV are text.
+    The name's ending says how to read one: `.jsonl` and `.json` (an object on each line), `.csv` (with a header),
+    `.tsv` (the same between tabs, where quotes are ordinary characters) or `.parquet`. Columns of CSV and TSV are text.
     """
 
     kind: Literal["files"] = "files"
@@ -161,5 +161,6 @@ class TaskDataConfig(Config):
 
 
 def default_spec(task: TaskConfig) -> TaskSpec:
-    """The spec that a task's config doesn't contradict, with every column under its usual name."""
-    return _ADAPTER.validate_python({"kind": task.kind})
+    """How to read rows to predict if nothing else is said: every column under its usual name, one text to a row."""
+    alone = {"text2": None} if task.kind == "embedding" else {}
+    return _ADAPTER.validate_python({"kind": task.kind, **alone})

@@ -45,7 +45,7 @@ def test_mistakes_are_explained(fields: dict, message: str) -> None:
 
 def test_the_cache_folder(monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert cache_folder(DataConfig()) == Path("/x/routed-encoder")
+    assert cache_folder(DataConfig().cache_dir) == Path("/x/routed-encoder")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder(DataConfig()) == Path.home() / ".cache" / "routed-encoder"
-    assert cache_folder(DataConfig(cache_dir="~/d")) == Path.home() / "d"
+    assert cache_folder(DataConfig().cache_dir) == Path.home() / ".cache" / "routed-encoder"
+    assert cache_folder(DataConfig(cache_dir="~/d").cache_dir) == Path.home() / "d"

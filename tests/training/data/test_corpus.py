@@ -69,7 +69,7 @@ def test_a_second_load_reads_the_cache_and_a_changed_file_is_read_anew(tmp_path:
     config = TextCorpus(files=[write(tmp_path / "a.txt", "old")])
     assert texts(config, tmp_path) == ["old"]
     with monkeypatch.context() as patch:
-        patch.setattr("training.data.sources._lines", lambda *_: pytest.fail("read again"))
+        patch.setattr("training.data.sources.lines", lambda *_: pytest.fail("read again"))
         assert texts(config, tmp_path) == ["old"]
     write(tmp_path / "a.txt", "newer")
     assert texts(config, tmp_path) == ["newer"]

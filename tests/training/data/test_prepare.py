@@ -30,7 +30,7 @@ def config(tmp_path: Path) -> DataConfig:
 def test_the_second_time_everything_is_cached(config: DataConfig, monkeypatch) -> None:
     first = prepare(config, None)
     assert len(first.train) + len(first.held_out) == 50
-    stages = "prepare.build_tokenizer", "packing._text_tokenizer", "sources._lines", "corpus.hashlib.blake2b"
+    stages = "prepare.build_tokenizer", "packing._text_tokenizer", "sources.lines", "corpus.hashlib.blake2b"
     for stage in stages:
         monkeypatch.setattr(f"training.data.{stage}", lambda *_, **__: pytest.fail("done again"))
     again = prepare(config, None)
