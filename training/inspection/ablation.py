@@ -27,13 +27,13 @@ _SEED, _EPOCH = 0, 2**32 - 1  # as held-out text is masked
 
 
 class Switch(NamedTuple):
-    """Something that can be switched off: one whose output projection is a slice of a parameter."""
+    """Something that can be switched off: one whose output projection is a slice of parameters."""
 
     layer: int
     routes: Literal["experts", "heads"]
     routed: bool
     choices: list[int]
-    slices: Callable[[int], Tensor]  # a choice's weights, as a view
+    slices: Callable[[int], list[Tensor]]  # what a choice puts out through, as views
 
 
 def ablate(
@@ -121,17 +121,18 @@ def _switches(model: MaskedLM | TaskModel, layer: int) -> Iterator[Switch]:
     if isinstance(attention, RoutedHeads):
         # The always-on ones stand first; the router counts from the others.
         weights, shared = attention.output, attention.config.shared
-        yield Switch(layer, "heads", True, list(range(attention.config.routed)), lambda head: weights[shared + head])
+        yield Switch(layer, "heads", True, list(range(attention.config.routed)), lambda head: [weights[shared + head]])
     elif isinstance(attention, SoftmaxAttention):
         matrix, channels = attention.output.weight, attention.channels
 
-        def of_head(head: int) -> Tensor:
-            return matrix[:, head * channels : (head + 1) * channels]
+        def of_head(head: int) -> list[Tensor]:
+            return [matrix[:, head * channels : (head + 1) * channels]]
 
         yield Switch(layer, "heads", False, list(range(attention.heads)), of_head)
     if isinstance(fed, MoEFeedForward):
-        down = fed.experts.down
-        yield Switch(layer, "experts", True, list(range(len(down))), lambda expert: down[expert])
+        parts = [part for part in (fed.experts.down, fed.experts.down_bias) if part is not None]
+        count = len(fed.experts.down)
+        yield Switch(layer, "experts", True, list(range(count)), lambda expert: [part[expert] for part in parts])
 
 
 def _spread(choices: list[int], most: int) -> list[int]:
@@ -142,14 +143,16 @@ def _spread(choices: list[int], most: int) -> list[int]:
 
 
 @contextmanager
-def _off(weights: Tensor) -> Iterator[None]:
-    """A view of a parameter, zero meanwhile."""
-    before = weights.detach().clone()
-    weights.detach().zero_()
+def _off(views: list[Tensor]) -> Iterator[None]:
+    """Views of parameters, zero meanwhile."""
+    before = [view.detach().clone() for view in views]
+    for view in views:
+        view.detach().zero_()
     try:
         yield
     finally:
-        weights.detach().copy_(before)
+        for view, values in zip(views, before, strict=True):
+            view.detach().copy_(values)
 
 
 def _through(model: MaskedLM, layer: int, x: Tensor, batch: MaskedBatch) -> Tensor:

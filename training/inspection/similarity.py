@@ -28,12 +28,12 @@ def similarity(block: nn.Module, routes: str, x: Tensor, heads: Tensor | None) -
     assert isinstance(block, EncoderBlock)
     if routes == "experts" and isinstance(block.feed_forward, MoEFeedForward):
         experts = block.feed_forward.experts
-        weights = [experts.up.detach(), experts.down.detach()]
+        parts = (experts.up, experts.up_bias, experts.down, experts.down_bias)
+        weights = [part.detach() for part in parts if part is not None]
         return Similarity(weight=_told(cosines(weights)), output=_told(output_cosines(_expert_outputs(experts, x))))
     if routes == "heads" and isinstance(block.attention, RoutedHeads):
         shared = block.attention.config.shared
-        parts = block.attention.heads
-        weights = [part.detach()[shared:] for part in (parts.query, parts.key_value, parts.output)]
+        weights = [part.detach()[shared:] for part in block.attention.heads if part is not None]
         output = None if heads is None else _told(output_cosines(heads[:, shared:].transpose(0, 1)))
         return Similarity(weight=_told(cosines(weights)), output=output)
     return Similarity(weight=None, output=None)

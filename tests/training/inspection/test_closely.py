@@ -110,11 +110,11 @@ def test_pairs_make_groups() -> None:
     assert groups_of([]) == []
 
 
-def model_of(heads: bool = True) -> MaskedLM:
+def model_of(heads: bool = True, bias: bool = False) -> MaskedLM:
     attention = RoutedHeadsConfig(heads=4, shared=1, router=TokenChoiceConfig(top_k=2))
     block = BlockConfig(
         attention=attention if heads else SoftmaxAttentionConfig(heads=2),
-        feed_forward=ExpertsConfig(count=3, width=16, router=TokenChoiceConfig(top_k=1, renormalize=False)),
+        feed_forward=ExpertsConfig(count=3, width=16, bias=bias, router=TokenChoiceConfig(top_k=1, renormalize=False)),
     )
     model = MaskedLM(EncoderConfig(vocab_size=WORDS, width=WIDTH, depth=2, block=block, dropout=0.0))
     for name, parameter in model.named_parameters():
@@ -128,9 +128,9 @@ def sequences_of(count: int = 20) -> list[tuple[int, np.ndarray]]:
     return [(n, np.array([2, *generator.integers(5, WORDS, 4 + n % 5), 3])) for n in range(count)]
 
 
-@pytest.mark.parametrize("heads", [True, False])
-def test_ablation_is_the_loss_of_the_model_without_the_choice(heads: bool) -> None:
-    model, sequences, masking = model_of(heads), sequences_of(), MaskingConfig(rate=0.3)
+@pytest.mark.parametrize(("heads", "bias"), [(True, False), (False, True)])
+def test_ablation_is_the_loss_of_the_model_without_the_choice(heads: bool, bias: bool) -> None:
+    model, sequences, masking = model_of(heads, bias), sequences_of(), MaskingConfig(rate=0.3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     told: list[tuple[int, int]] = []
     found = ablate(model, sequences, masking, VOCABULARY, 100, lambda *done: told.append(done))
@@ -166,15 +166,21 @@ def test_ablation_is_the_loss_of_the_model_without_the_choice(heads: bool) -> No
         for earned in one.choices:
             with torch.no_grad():
                 if one.routes == "experts":
-                    weights = experts.experts.down[earned.choice]
+                    parts = [
+                        part[earned.choice]
+                        for part in (experts.experts.down, experts.experts.down_bias)
+                        if part is not None
+                    ]
                 elif heads:
-                    weights = attention.output[1 + earned.choice]
+                    parts = [attention.output[1 + earned.choice]]
                 else:
-                    weights = attention.output.weight[:, earned.choice * 8 : (earned.choice + 1) * 8]
-                saved = weights.clone()
-                weights.zero_()
+                    parts = [attention.output.weight[:, earned.choice * 8 : (earned.choice + 1) * 8]]
+                saved = [part.clone() for part in parts]
+                for part in parts:
+                    part.zero_()
                 assert earned.change == pytest.approx(loss() - whole, rel=1e-3, abs=1e-5)
-                weights.copy_(saved)
+                for part, values in zip(parts, saved, strict=True):
+                    part.copy_(values)
             assert earned.low < earned.change < earned.high
             changes.append(earned.change)
     assert max(map(abs, changes)) > 0.01
