@@ -54,7 +54,7 @@ def write_corpus(run: RunConfig, folder: Path, tokens: int) -> Path:
     return path
 
 
-def inspecting(opened: Opened, text: Text, batch_tokens: int, rounds: int) -> list[Row]:
+def inspecting(opened: Opened, text: Text, batch_tokens: int, rounds: int) -> tuple[list[Row], list[Row]]:
     encoder = opened.model.encoder
     device = next(encoder.parameters()).device
     words = describe_words(opened.tokenizer, opened.model.config.vocab_size)
@@ -74,12 +74,13 @@ def inspecting(opened: Opened, text: Text, batch_tokens: int, rounds: int) -> li
         for name, taken in seconds.items()
     ]
     collected = collect(opened.model, read_batches(text, batch_tokens), words, text.max_length)
+    once: list[Row] = []
     for name, sequences in (("once, without ablation", 0), ("once, ablation of 8", 8)):
         request = Request(opened.path, text.files, ablate=sequences)
         taken = median(_timed(lambda: stats_of(opened, text, words, collected, request, lambda *_: None), 1))  # noqa: B023
         plainly = round(taken * tokens / seconds["plain"])
-        rows.append({"what": name, "tokens": plainly, "tokens_per_s": float("nan"), "vs plain": float("nan")})
-    return rows
+        once.append({"what": name, "worth of tokens": plainly, "share, %": 100 * plainly / tokens})
+    return rows, once
 
 
 def training(run: RunConfig, folder: Path, rounds: int) -> list[Row]:
@@ -178,11 +179,12 @@ def main() -> None:
             run.data.max_length,
             options.tokens,
         )
-        inspected = inspecting(opened, text, 4096, options.rounds)
+        inspected, once = inspecting(opened, text, 4096, options.rounds)
         show("Inspecting", inspected, None)
+        show("Inspecting, what comes once", once, None)
         trained = training(run, folder, options.rounds)
         show("Training", trained, None)
-        save([*inspected, *trained], options.json)
+        save([*inspected, *once, *trained], options.json)
 
 
 if __name__ == "__main__":

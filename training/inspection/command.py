@@ -46,7 +46,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     if options.out is not None:
         from training.inspection.report import write_report
 
-        write_report(told, options.out, told["compare"])
+        write_report(told, options.out)
         console.print(f"report: {options.out}", soft_wrap=True, markup=False)
     failed = failures(condition, stats.routers) if condition is not None else []
     if condition is not None and failed:
