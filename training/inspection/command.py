@@ -44,7 +44,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         write_file(options.json, json.dumps(told, ensure_ascii=False, allow_nan=False) + "\n")
         console.print(f"figures: {options.json}", soft_wrap=True, markup=False)
     if options.out is not None:
-        from training.inspection.report import write_report
+        from training.inspection.report import write_report  # which brings its plots' library along
 
         write_report(told, options.out)
         console.print(f"report: {options.out}", soft_wrap=True, markup=False)

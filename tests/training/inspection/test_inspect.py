@@ -68,6 +68,14 @@ def test_a_runs_model_is_looked_at(finished: Path, text_file: Path, inspected: I
     assert f"{found['data']['tokens']:,} tokens, {found['data']['sequences']:,} sequences" in told
 
 
+def test_the_page_is_written_from_the_same_figures(tmp_path: Path, inspected: Inspect) -> None:
+    model, text = save(build(sick=True), tmp_path / "model"), write_text(tmp_path / "text.txt")
+    found = inspected(model, "--data", text, "--out", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert found["verdict"]["summary"][0] in page
+    assert found["verdict"]["findings"][0]["sentence"] in page
+
+
 def test_its_figures_are_those_of_the_recorder(finished: Path, text_file: Path, inspected: Inspect) -> None:
     """From a file to load, co-activation and tokens: against routings stored by another way through the text."""
     found = inspected(finished, "--data", text_file, "--document", "block", "--ablate", "0")
