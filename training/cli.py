@@ -131,6 +131,28 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", type=Path, help="a folder that isn't there yet")
     export.add_argument("--format", choices=["huggingface", "onnx"], required=True, help="for whom")
     export.set_defaults(run=_export)
+    inspect = commands.add_parser("inspect", help="look at a model's routing, with real text")
+    inspect.add_argument(
+        "model", type=Path, metavar="MODEL_OR_RUN", help="a model's folder, a run's, or a checkpoint's"
+    )
+    inspect.add_argument("--data", action="append", required=True, metavar="FILE", help=_DATA)
+    inspect.add_argument("--document", choices=("line", "block", "file"), default="line", help="of a text file (line)")
+    inspect.add_argument("--out", type=Path, metavar="report.html", help="write the page here")
+    inspect.add_argument("--json", type=Path, metavar="stats.json", help="write every figure here")
+    inspect.add_argument(
+        "--compare", type=Path, metavar="OTHER", help="another model, or a run for all its checkpoints"
+    )
+    inspect.add_argument("--fail-if", metavar="EXPR", help='exit code 1 if so: "max_violation>2 or dead_experts>0"')
+    inspect.add_argument("--max-tokens", type=_positive, help="read so many at most (default: everything)")
+    inspect.add_argument("--max-length", type=_positive, help="tokens of a sequence (default: as in training)")
+    inspect.add_argument("--batch-tokens", type=_positive, default=4096, help="tokens at once (default 4096)")
+    inspect.add_argument(
+        "--ablate",
+        type=int,
+        metavar="N",
+        help="sequences to tell with what choices earn; 0: don't (default: as many as take a fifth of the reading)",
+    )
+    inspect.set_defaults(run=_inspect)
 
     launch = commands.add_parser("launch", help="run a moe command on several processes")
     launch.add_argument("--ranks", type=int, help="processes on each machine (default: one per GPU)")
@@ -145,6 +167,15 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="pretrain CONFIG.yaml ...")
     launch.set_defaults(run=_launch)
     return parser
+
+
+_DATA = "text, or .jsonl or .parquet with a column text; a pattern such as 'texts/*.txt' in quotes; may be repeated"
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' isn't a whole number of at least 1")
+    return int(text)
 
 
 def _pretrain(options: argparse.Namespace) -> int:
@@ -310,6 +341,14 @@ def _export(options: argparse.Namespace) -> int:
     checked = export(options.model, options.out, options.format)
     print(f"{options.out}: {checked}")
     return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from training.inspection.command import run
+
+    return run(options, Console(stderr=True))
 
 
 def _launch(options: argparse.Namespace) -> int:
