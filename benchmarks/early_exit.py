@@ -6,7 +6,8 @@ the honest baseline, the same encoder cut off behind fewer layers and trained fo
 chosen on the dev set, every figure is of the test set, with 95 % intervals (bootstrap over sequences) in the JSON.
 
 `layers` is what a sequence goes through on average, `FLOPs` what is spent over what all layers without exits cost
-(heads of exits passed are counted). `chosen` rows are the fastest settings that lose no more than `--max-drop` points
+(heads of exits passed are counted), `drop` what is lost against the same model's last layer, `below_full` against the
+encoder of all layers without exits. `chosen` rows are the fastest settings that lose no more than `--max-drop` points
 on the dev set; `truncated` rows the baseline. Their `xB` is measured: the time the encoder of all layers without exits
 takes for test sequences, packed in batches of B in the set's own order, over theirs. `never` has exits, takes none.
 
@@ -291,7 +292,8 @@ def main(argv: list[str] | None = None) -> None:
         for name, taken in seconds.items():
             measured.setdefault(name, {})[f"x{size}"] = seconds[f"truncated {depth}"] / taken
 
-    costs = {n: model.config.flops_per_token(24) for n, model in truncated.items()}
+    mean_length = round(sum(some.items["length"]) / len(some.items))
+    costs = {n: model.config.flops_per_token(mean_length) for n, model in truncated.items()}
     full = accuracies[depth]
     for layers, percent in accuracies.items():
         rows.append(
@@ -307,16 +309,17 @@ def main(argv: list[str] | None = None) -> None:
     rows.append({"contender": "never", "what": "never", "layers": float(depth)})
     for row in rows:
         row |= measured.get(row["contender"], {}) if row["what"] != "curve" else {}
+        row |= {"below_full": full - row["accuracy"]} if "accuracy" in row else {}
     report(rows, lengths, options, full)
 
 
 def report(rows: list[Row], lengths: list[Row], options: argparse.Namespace, full: float) -> None:
-    columns = ("contender", "thresholds", "layers", "FLOPs", "accuracy", "drop", *(f"x{size}" for size in SIZES))
+    figures = ("contender", "thresholds", "layers", "FLOPs", "accuracy", "drop", "below_full")
     timed = [row for row in rows if row["what"] != "curve"]
     title = f"{options.data.name}: {full:.2f} % with all layers and no exits; {options.objective} training"
-    show(title, [{c: row.get(c, "") for c in columns} for row in timed], None)
-    curve = [{c: row[c] for c in columns[:6]} for row in rows if row["what"] == "curve"]
-    show("The whole curves (drop: below the same model's last layer)", curve, None)
+    show(title, [{c: row.get(c, "") for c in (*figures, *(f"x{size}" for size in SIZES))} for row in timed], None)
+    curve = [{c: row[c] for c in figures} for row in rows if row["what"] == "curve"]
+    show("The whole curves", curve, None)
     if lengths:
         show("Depth by length", lengths, None)
     save([*rows, *({"what": "length", **row} for row in lengths)], options.json)
