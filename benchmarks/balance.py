@@ -88,7 +88,9 @@ def train_arm(name: str, steps: int, ranks: Ranks) -> tuple[Row, list[float]]:
     loads: list[float] = []
     last: list[dict[str, RoutingStats]] = []
     for step in range(steps):
-        result = train_step(parts.engine, parts.stream.next_step(), MaskedLMObjective(run.objective), ranks, step)
+        result = train_step(
+            parts.engine, parts.stream.next_step(), MaskedLMObjective(run.model.depth, run.objective), ranks, step
+        )
         loads.append(worst(result.routing))
         if step >= steps - steps // 5:
             last.append(result.routing)

@@ -94,7 +94,7 @@ def measure(run: RunConfig, ranks: Ranks, steps: int) -> dict[str, Tensor]:
         with counted() as record:
             _wait_for_device()
             start = time.perf_counter()
-            train_step(engine, batches, MaskedLMObjective(run.objective), ranks, step)
+            train_step(engine, batches, MaskedLMObjective(run.model.depth, run.objective), ranks, step)
             _wait_for_device()
             taken = time.perf_counter() - start
         if step >= WARM:

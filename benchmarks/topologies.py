@@ -89,7 +89,9 @@ def losses(engine: Any, stream: TrainingStream, run: RunConfig, ranks: Ranks, fi
         for group in engine.optimizer.param_groups:
             group["lr"] = run.optimizer.lr * learning_rate_factor(run.optimizer.schedule, step, run.train.max_steps)
         found.append(
-            train_step(engine, stream.next_step(), MaskedLMObjective(run.objective), ranks, step).parts["masked_lm"]
+            train_step(
+                engine, stream.next_step(), MaskedLMObjective(run.model.depth, run.objective), ranks, step
+            ).parts["masked_lm"]
         )
     return found
 

@@ -23,6 +23,7 @@ import yaml
 from torch import Tensor
 
 from moe.pretrained import TOKENIZER, save_tensors
+from routing.config import Config
 from routing.errors import UserError
 from training.config import RunConfig
 from training.data.position import Position, from_json, to_json
@@ -137,7 +138,7 @@ def write_small_files(
     (folder / f"{STATE}.sha256").write_text(_sum_line(content.encode()), encoding="utf-8")
 
 
-def as_yaml(run: RunConfig) -> str:
+def as_yaml(run: Config) -> str:
     """A run with every value filled in."""
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
 

@@ -1,9 +1,7 @@
 """The `moe` command. Exit codes: 0 done, or stopped and saved; 1 failed; 2 yours to mend; 130 interrupted."""
 
 import argparse
-import json
 import os
-import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +14,7 @@ end_forks_with_parent()
 
 with quiet_torch() if sys.argv[1:2] == ["launch"] else nullcontext():  # what befalls a launcher is told in a line
     from routing.errors import UserError
+    from training.commands import answer, look, models, train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,62 +48,8 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="moe", description="Routed transformer encoders.")
     commands = parser.add_subparsers(dest="command", required=True)
-
-    pretrain = commands.add_parser("pretrain", help="pre-train a routed encoder on text")
-    pretrain.add_argument("config", type=Path, help="a run's YAML file, such as configs/demo.yaml")
-    pretrain.add_argument("overrides", nargs="*", metavar="a.b=value", help="values in place of the file's")
-    pretrain.set_defaults(run=_pretrain)
-
-    checkpoint = commands.add_parser("checkpoint", help="look after checkpoints")
-    verify = checkpoint.add_subparsers(dest="action", required=True).add_parser(
-        "verify", help="tell whole from broken, and which file and tensor; exit code 1 if anything is"
-    )
-    verify.add_argument("folder", type=Path, help="a checkpoint's folder, or a run's for all of its checkpoints")
-    verify.set_defaults(run=_verify)
-
-    upcycle = commands.add_parser("upcycle", help="make a dense encoder a routed one that gives the same outputs")
-    upcycle.add_argument("dense", type=Path, help="a folder of transformers' or of ours")
-    upcycle.add_argument("out", type=Path, help="folder for the routed model")
-    upcycle.add_argument("--experts", type=int, required=True, help="of each layer that becomes routed")
-    upcycle.add_argument("--top-k", type=int, required=True, help="experts of a token")
-    upcycle.add_argument("--granularity", type=int, default=1, help="cut networks into so many experts (default 1)")
-    upcycle.add_argument(
-        "--shared", type=int, default=0, dest="shared_width", metavar="UNITS", help="hidden units all tokens pass (0)"
-    )
-    upcycle.add_argument("--layers", help="every:2, every:2:1 or 0,2,5 (default: all)")
-    upcycle.add_argument("--heads", choices=["routed"], help="attention heads become routed heads as well")
-    heads = upcycle.add_argument_group("with --heads routed")
-    heads.add_argument(
-        "--routed-heads-top-k", type=int, dest="heads_top_k", metavar="K", help="of a token (all routed)"
-    )
-    heads.add_argument("--routed-heads-shared", type=int, default=0, dest="heads_shared", metavar="S", help="always on")
-    heads.add_argument(
-        "--routed-heads-router",
-        choices=["token_choice", "learned"],
-        default="token_choice",
-        dest="heads_router",
-        help="each token chooses (default), or one choice for all is learned",
-    )
-    heads.add_argument("--routed-heads-layers", dest="heads_layers", metavar="LAYERS", help="as --layers (the same)")
-    upcycle.add_argument("--data", type=Path, help="text, one sequence a line, to compare outputs on as well")
-    upcycle.add_argument("--inexact", action="store_true", help="write it though outputs differ; the error is printed")
-    upcycle.add_argument("--seed", type=int, default=0, help="of the routers' weights (default 0)")
-    upcycle.set_defaults(run=_upcycle)
-
-    plan = commands.add_parser("plan", help="what a run would need and how long it would take, computed")
-    plan.add_argument("config", type=Path, help="a run's YAML file")
-    plan.add_argument("overrides", nargs="*", metavar="a.b=value", help="values in place of the file's")
-    plan.add_argument("--gpus", type=int, required=True, help="how many there are, over all nodes")
-    plan.add_argument("--gpu", default="h100", help="h100 (default), h200, a100, or cpu for one core each")
-    plan.add_argument("--efficiency", type=float, default=0.4, help="share of the peak that is reached (default 0.4)")
-    plan.add_argument("--json", type=Path, help="write every figure here as well")
-    plan.set_defaults(run=_plan)
-
-    export = commands.add_parser("export", help="write a model for other libraries, checked, with a model card")
-    export.add_argument("model", type=Path, help="a model's folder, such as runs/demo/model")
-    export.add_argument("out", type=Path, help="a folder that isn't there yet")
-    export.add_argument("--format", choices=["huggingface", "onnx"], required=True, help="for whom")
-    export.set_defaults(run=_export)
+    for group in (train, answer, models, look):
+        group.add_to(commands)
 
     launch = commands.add_parser("launch", help="run a moe command on several processes")
     launch.add_argument("--ranks", type=int, help="processes on each machine (default: one per GPU)")
@@ -121,114 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _pretrain(options: argparse.Namespace) -> int:
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # before training starts, the same as Ctrl-C
-    try:
-        return _pretrain_until_interrupted(options)
-    except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print(
-                "moe pretrain: interrupted, and nothing was saved of this; the same command goes on from the last "
-                "checkpoint, or begins if there is none",
-                file=sys.stderr,
-            )
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _pretrain_until_interrupted(options: argparse.Namespace) -> int:
-    from training.config import load_run_config  # heavy imports wait until they are needed
-
-    run = load_run_config(options.config, options.overrides)
-    from training.engine import FailedElsewhere, stop_processes
-    from training.launch.agent import refuse_losing_restarts
-    from training.launch.failure import explain, tells
-    from training.pretrain import pretrain
-    from training.step import NonFiniteLoss
-
-    try:
-        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-            refuse_losing_restarts(run)
-        pretrain(run)
-    except FailedElsewhere:
-        return 2
-    except Exception as error:
-        if not tells(error):
-            return 2 if isinstance(error, UserError) else 1
-        if isinstance(error, NonFiniteLoss):
-            print(
-                f"moe pretrain: training is not finite any more ({error}). It stopped and saved nothing of that; "
-                f"checkpoints in {run.run_dir}/checkpoints, if there are any, are from before. Lower optimizer.lr, or "
-                "raise the schedule's warmup, and start a new run_dir",
-                file=sys.stderr,
-            )
-            return 1
-        if isinstance(error, UserError) or "RANK" not in os.environ:
-            raise
-        print(f"moe pretrain: {explain(error)}", file=sys.stderr)
-        return 1
-    finally:
-        stop_processes()
-    return 0
-
-
-def _verify(options: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.text import Text
-
-    from training.checkpoint_files import some, verify
-
-    verdicts = verify(options.folder)
-    console = Console(soft_wrap=True)
-    for name, faults in verdicts:
-        console.print(Text.assemble(f"{name:13}", ("broken", "bold red") if faults else ("whole", "green")))
-        for fault in faults:
-            console.print(Text(f"  {fault.problem}"))
-            if fault.tensors:
-                console.print(Text(f"    tensors: {some(fault.tensors, 10)}"))
-    return int(any(faults for _, faults in verdicts))
-
-
-def _upcycle(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from training.upcycle import Request, run_upcycle
-
-    request = Request(**{name: getattr(options, name) for name in Request._fields})
-    run_upcycle(request, Console(soft_wrap=True, highlight=False))
-    return 0
-
-
-def _plan(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from training.config import load_run_config
-    from training.plan.plan import make_sheet
-    from training.plan.report import as_json, print_sheet
-    from training.plan.specs import find_gpu
-
-    run, gpu = load_run_config(options.config, options.overrides), find_gpu(options.gpu)
-    sheet = make_sheet(run, options.gpus, gpu, options.efficiency)
-    print_sheet(sheet, Console())
-    if options.json:
-        try:
-            options.json.write_text(json.dumps(as_json(sheet), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {options.json}: {error.strerror}; choose another --json") from error
-    return 0
-
-
-def _export(options: argparse.Namespace) -> int:
-    from moe.export.folder import export
-
-    checked = export(options.model, options.out, options.format)
-    print(f"{options.out}: {checked}")
-    return 0
-
-
 def _launch(options: argparse.Namespace) -> int:
-    from training.config import load_run_config
+    from training.config import RunConfig, load_config
+    from training.finetune.config import FinetuneConfig
     from training.launch.launch import Launch, launch, rendezvous, variables
 
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
@@ -237,11 +77,14 @@ def _launch(options: argparse.Namespace) -> int:
     if words[0] == "launch":
         raise UserError("launch can't launch itself; say what to run, such as: -- pretrain CONFIG.yaml")
     command = _parse(words)
-    if command.run is not _pretrain:
+    kinds: dict[str, type[RunConfig] | type[FinetuneConfig]] = {"pretrain": RunConfig, "finetune": FinetuneConfig}
+    if command.command not in kinds:
         raise UserError(
             f"{words[0]} is no work for several ranks, which would each do all of it; run: moe {' '.join(words)}"
         )
-    run = load_run_config(command.config, command.overrides)  # a mistake is told once, not by every rank
+    run = load_config(
+        command.config, command.overrides, kinds[command.command]
+    )  # a mistake is told once, not by every rank
     meeting = rendezvous(options.nodes, options.rendezvous, options.last_call)
     return launch(
         Launch(options.ranks, words, variables(options.env), options.hostfile, meeting, options.restarts), run

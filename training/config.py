@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -12,8 +12,10 @@ from moe.attention.linformer import LinformerConfig
 from moe.config import EncoderConfig, ExpertsConfig
 from routing.config import Config
 from routing.errors import UserError
+from training.alarms import AlarmConfig, TellAlarm
 from training.data.config import DataConfig
 from training.data.stream import StreamCorpus
+from training.exit_objective import ExitObjectiveConfig, JointConfig
 
 
 class ObjectiveConfig(Config):
@@ -22,6 +24,7 @@ class ObjectiveConfig(Config):
     # Counts that the balance and importance losses use under gradient accumulation: those of the current micro-batch
     # over all ranks, or those of the whole step, which is exact and costs one more forward pass.
     routing_totals: Literal["micro_batch", "step"] = "micro_batch"
+    exits: ExitObjectiveConfig = JointConfig()  # of a model that has some
 
 
 class LinearSchedule(Config):
@@ -52,7 +55,7 @@ class StableSchedule(Config):
 ScheduleConfig = Annotated[LinearSchedule | CosineSchedule | StableSchedule, Field(discriminator="kind")]
 
 
-class OptimizerConfig(Config):
+class AdamWConfig(Config):
     """AdamW (arXiv 1711.05101). Norms and biases don't decay."""
 
     lr: float = Field(default=1e-3, gt=0)
@@ -60,6 +63,11 @@ class OptimizerConfig(Config):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
     max_grad_norm: float = Field(default=1.0, ge=0)  # 0: no clipping
+
+
+class OptimizerConfig(AdamWConfig):
+    """AdamW, and how its rate changes."""
+
     schedule: ScheduleConfig = StableSchedule()
 
 
@@ -96,6 +104,7 @@ class CheckpointConfig(Config):
 
 class LogConfig(Config):
     every: int = Field(default=10, ge=1)  # steps between points in TensorBoard and lines on a plain console
+    alarm: AlarmConfig | None = TellAlarm()  # when a router stays collapsed; null: none
 
 
 # Of the DeepSpeed config, what the run's own sections decide.
@@ -165,37 +174,40 @@ class RunConfig(Config):
                 f"lanes gives {self.train.step_tokens // corpus.lanes}, but one sequence may have data.max_length = "
                 f"{self.data.max_length} tokens; raise train.step_tokens or lower data.corpus.lanes"
             )
-        self._longest_sequences_fit()
-        self._experts_can_be_spread()
+        refuse_longer_sequences(self.model, self.data.max_length)
+        refuse_unspreadable_experts(self.model, self.parallel.expert)
         return self
 
-    def _longest_sequences_fit(self) -> None:
-        if self.model.positions and self.data.max_length > self.model.positions.max_length:
-            raise ValueError(
-                f"data.max_length is {self.data.max_length} but there are only model.positions.max_length = "
-                f"{self.model.positions.max_length} learned positions; raise it or lower data.max_length"
-            )
-        for layer, block in enumerate(self.model.blocks()):
-            attention = block.attention
-            if isinstance(attention, LinformerConfig) and attention.max_length < self.data.max_length:
-                raise ValueError(
-                    f"layer {layer}: linformer attention has projections for max_length = {attention.max_length} "
-                    f"tokens, but data.max_length is {self.data.max_length}; raise the first or lower the second"
-                )
 
-    def _experts_can_be_spread(self) -> None:
-        size = self.parallel.expert
-        fed = [block.feed_forward for block in self.model.blocks()]
-        counts = {layer: ff.count for layer, ff in enumerate(fed) if isinstance(ff, ExpertsConfig)}
-        if size > 1 and not counts:
-            raise ValueError(f"parallel.expert is {size}, but no layer has experts to spread; set it to 1")
-        valid = [n for n in range(1, max(counts.values(), default=1) + 1) if not any(c % n for c in counts.values())]
-        for layer, count in counts.items():
-            if count % size:
-                raise ValueError(
-                    f"parallel.expert is {size}, but layer {layer} has {count} experts, which {size} ranks can't "
-                    f"share evenly; what fits every layer: {', '.join(map(str, valid))}"
-                )
+def refuse_longer_sequences(model: EncoderConfig, max_length: int) -> None:
+    """Raise ValueError if an encoder can't take sequences of `data.max_length` tokens."""
+    if model.positions and max_length > model.positions.max_length:
+        raise ValueError(
+            f"data.max_length is {max_length} but there are only model.positions.max_length = "
+            f"{model.positions.max_length} learned positions; raise it or lower data.max_length"
+        )
+    for layer, block in enumerate(model.blocks()):
+        attention = block.attention
+        if isinstance(attention, LinformerConfig) and attention.max_length < max_length:
+            raise ValueError(
+                f"layer {layer}: linformer attention has projections for max_length = {attention.max_length} "
+                f"tokens, but data.max_length is {max_length}; raise the first or lower the second"
+            )
+
+
+def refuse_unspreadable_experts(model: EncoderConfig, size: int) -> None:
+    """Raise ValueError if `parallel.expert` = `size` ranks can't share every layer's experts."""
+    fed = [block.feed_forward for block in model.blocks()]
+    counts = {layer: ff.count for layer, ff in enumerate(fed) if isinstance(ff, ExpertsConfig)}
+    if size > 1 and not counts:
+        raise ValueError(f"parallel.expert is {size}, but no layer has experts to spread; set it to 1")
+    valid = [n for n in range(1, max(counts.values(), default=1) + 1) if not any(c % n for c in counts.values())]
+    for layer, count in counts.items():
+        if count % size:
+            raise ValueError(
+                f"parallel.expert is {size}, but layer {layer} has {count} experts, which {size} ranks can't "
+                f"share evenly; what fits every layer: {', '.join(map(str, valid))}"
+            )
 
 
 # What a resumed run may change: its length, its layout, and what it reports and keeps.
@@ -217,6 +229,14 @@ LOCAL = ("data.cache_dir", "data.num_proc")
 
 
 def load_run_config(path: Path, overrides: list[str]) -> RunConfig:
+    """`load_config` of a pre-training."""
+    return load_config(path, overrides, RunConfig)
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def load_config(path: Path, overrides: list[str], kind: type[ConfigT]) -> ConfigT:
     """Read a YAML file, apply `a.b=value` overrides (values are YAML), and validate.
 
     Raises:
@@ -233,14 +253,14 @@ def load_run_config(path: Path, overrides: list[str]) -> RunConfig:
     if not isinstance(data, dict):
         raise UserError(f"{path} holds {type(data).__name__}, not sections such as `model:` and `train:`")
     for override in overrides:
-        _apply_override(data, override)
+        apply_override(data, override)
     try:
-        return RunConfig.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
         raise UserError(describe_errors(error, data, str(path))) from error
 
 
-def describe_errors(error: ValidationError, data: dict[str, Any], source: str) -> str:
+def describe_errors(error: ValidationError, data: dict[str, Any], source: str, what: str = "run") -> str:
     """One line per mistake: its path as in the YAML, what is wrong, and what was given."""
     lines = []
     for problem in error.errors():
@@ -248,7 +268,7 @@ def describe_errors(error: ValidationError, data: dict[str, Any], source: str) -
         where = _yaml_path(problem["loc"], data, absent=problem["type"] == "missing")
         given = "" if isinstance(problem["input"], dict | Config) else f" (given: {problem['input']!r})"
         lines.append(f"  {where + ': ' if where else ''}{message}{_nearest_kind(problem.get('ctx', {}))}{given}")
-    return f"{source} is not a valid run:\n" + "\n".join(lines)
+    return f"{source} is not a valid {what}:\n" + "\n".join(lines)
 
 
 def _nearest_kind(context: dict[str, Any]) -> str:
@@ -276,7 +296,12 @@ def _yaml_path(loc: tuple[int | str, ...], data: Any, absent: bool) -> str:
     return ".".join(path)
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set what `a.b=value` says in a YAML file's data.
+
+    Raises:
+        UserError: for one that is malformed, or doesn't fit the data.
+    """
     path, equals, value = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):

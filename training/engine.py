@@ -3,7 +3,7 @@
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple, Protocol
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from routing.errors import UserError
-from training.config import EngineConfig, OptimizerConfig, ParallelConfig
+from training.config import AdamWConfig, EngineConfig, ParallelConfig
 from training.expert_parallel import expert_group, shard_experts, whole_of
 
 # DeepSpeed settles its accelerator and log level when it is imported.
@@ -51,7 +51,7 @@ class EngineRun(Protocol):
     """What an engine is to know of a run."""
 
     @property
-    def optimizer(self) -> OptimizerConfig: ...
+    def optimizer(self) -> AdamWConfig: ...
     @property
     def train(self) -> Precision: ...
     @property
@@ -224,14 +224,15 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases (also of stacked experts and heads) and other vectors don't."""
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: AdamWConfig) -> list[dict[str, Any]]:
+    """Of those that are trained, matrices decay; norms, biases (also of stacked experts and heads) and other vectors
+    don't."""
 
     def decays(name: str, parameter: nn.Parameter) -> bool:
         # ZeRO-3 hides a partitioned parameter's shape, so ask for the whole one's.
         return len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and not name.endswith("bias")
 
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in named if p.requires_grad}
     matrices = [p for name, p in trained.items() if decays(name, p)]
     vectors = [p for name, p in trained.items() if not decays(name, p)]
     groups = [
@@ -288,7 +289,7 @@ def build_engine(
     run: EngineRun,
     accumulation: int,
     ranks: Ranks,
-    grouped: Callable[[nn.Module, OptimizerConfig], list[dict[str, Any]]] = parameter_groups,
+    grouped: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
 ) -> Any:
     """Wrap the model and AdamW in a DeepSpeed engine. Collective.
 
@@ -297,7 +298,7 @@ def build_engine(
 
     Args:
         model: whole, with the same weights on all ranks; of its experts this rank's share is kept.
-        grouped: the trained parameters in AdamW's groups, each with a name of its own (`parameter_groups`).
+        grouped: puts the parameters into AdamW's groups, each with a name of its own; default: `parameter_groups`.
 
     Raises:
         UserError: if DeepSpeed refuses `engine.deepspeed`.
@@ -305,10 +306,12 @@ def build_engine(
     if run.parallel.expert > 1:
         _spread_experts(model, run.parallel.expert)
     model.to(ranks.device)
-    groups = grouped(model, run.optimizer)
-    optimizer = torch.optim.AdamW(
+    groups = grouped(model) if grouped else parameter_groups(model.named_parameters(), run.optimizer)
+    if run.parallel.expert > 1:
         # Experts that are spread stand in groups of their own, because their partitions and reductions do.
-        split_params_into_different_moe_groups_for_optimizer(groups) if run.parallel.expert > 1 else groups,
+        groups = split_params_into_different_moe_groups_for_optimizer(groups)
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
         lr=run.optimizer.lr,
         betas=run.optimizer.betas,
         eps=run.optimizer.eps,

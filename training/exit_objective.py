@@ -97,17 +97,17 @@ def exits_loss(
         distance: as `task_distance` and `masked_lm_distance` make them; asked for under self-distillation only.
 
     Returns:
-        The loss `[]`, and its detached parts: each exit's loss as `exit_3`, its distance from the last layer's outputs
-        as `imitation_3`.
+        The loss `[]`, and its detached parts: the last layer's loss as `last`, each exit's as `exit_3`, its distance
+        from the last layer's outputs as `imitation_3`.
     """
     own = loss(final)
+    parts = {"last": own.detach()}
     if not exits:
-        return own, {}
+        return own, parts
     if isinstance(config, AlternatingConfig) and step % 2 == 0:
-        return own + sum((logits[:0].sum() for logits in exits.values()), own.new_zeros(())), {}
+        return own + sum((logits[:0].sum() for logits in exits.values()), own.new_zeros(())), parts
     weights = exit_weights(exits, depth, config.weights)
     total = weights[depth - 1] * own
-    parts: dict[str, Tensor] = {}
     for layer, logits in exits.items():
         value = loss(logits)
         parts[f"exit_{layer}"] = value.detach()
@@ -189,11 +189,11 @@ def _yes_no_divergence(student: Tensor, teacher: Tensor, temperature: float) -> 
 
 
 def _divergence_within(student: Tensor, teacher: Tensor, temperature: float, cu_seqlens: Tensor) -> Tensor:
-    said, taught = (_log_softmax_within(logits.float() / temperature, cu_seqlens) for logits in (student, teacher))
+    said, taught = (log_softmax_within(logits.float() / temperature, cu_seqlens) for logits in (student, teacher))
     return temperature**2 * (taught.exp() * (taught - said)).mean(-1).sum()
 
 
-def _log_softmax_within(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+def log_softmax_within(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Log-softmax of `[T, C]` over each sequence's tokens."""
     sequence = sequence_of_token(cu_seqlens, len(x))
     rows = sequence[:, None].expand_as(x)

@@ -2,10 +2,10 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from training.checkpoint import Checkpoints
 from training.checkpoint_files import TrainState
@@ -14,10 +14,19 @@ from training.data.packing import StepSource
 from training.engine import Ranks, set_learning_rate, together
 from training.evaluate import Evaluation
 from training.metrics import RunLog
-from training.objective import MaskedLMObjective
+from training.objective import BatchT, MaskedLMObjective, Objective, OutputT
 from training.process import launched
 from training.schedule import learning_rate_factor
-from training.step import train_step
+from training.step import StepResult, train_step
+
+SourceBatchT = TypeVar("SourceBatchT", covariant=True)
+
+
+class Source(Protocol[SourceBatchT]):
+    """Where steps come from."""
+
+    def next_step(self) -> Sequence[SourceBatchT]:
+        """This rank's micro-batches of the next step."""
 
 
 class StopRequest:
@@ -46,6 +55,50 @@ def stop_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+class Done(NamedTuple):
+    """An optimizer step that was taken."""
+
+    step: int  # how many there are now
+    result: StepResult
+    seconds: float
+
+
+def steps(
+    engine: Any,
+    source: Source[BatchT],
+    objective: Objective[BatchT, OutputT],
+    ranks: Ranks,
+    rate: Callable[[int], float],
+    numbers: range,
+    log: RunLog | None,
+    asked: Callable[[], bool],
+) -> Iterator[Done]:
+    """Take one optimizer step after another, and report them; whoever iterates decides when to leave. Collective.
+
+    Args:
+        rate: the learning rate of a step.
+        numbers: of the steps, 0-based.
+        log: on the main rank; None elsewhere.
+        asked: whether this rank is asked to stop, which the step's result tells all of them.
+
+    Raises:
+        NonFiniteLoss: of the step.
+        UserError: if its data can't be read.
+    """
+    for step in numbers:
+        lr = rate(step)
+        set_learning_rate(engine, lr)
+        start = time.perf_counter()
+        stop = asked()
+        with together():  # a stream's document may be unreadable
+            batches = source.next_step()
+        result = train_step(engine, batches, objective, ranks, step, stop)
+        seconds = time.perf_counter() - start
+        if log:
+            log.step(step + 1, result, lr, seconds)
+        yield Done(step + 1, result, seconds)
+
+
 def train(
     engine: Any,
     stream: StepSource,
@@ -69,32 +122,31 @@ def train(
         NonFiniteLoss: of a step that has not been saved.
         UserError: if a checkpoint can't be written, or a stream's document can't be read.
     """
-    max_steps, objective = run.train.max_steps, MaskedLMObjective(run.objective)
+    max_steps, objective = run.train.max_steps, MaskedLMObjective(run.model.depth, run.objective)
     evaluation = None
+
+    def rate(step: int) -> float:
+        return run.optimizer.lr * learning_rate_factor(run.optimizer.schedule, step, max_steps)
+
     with stop_signals() as request:
-        while state.step < max_steps:
-            lr = run.optimizer.lr * learning_rate_factor(run.optimizer.schedule, state.step, max_steps)
-            set_learning_rate(engine, lr)
-            start = time.perf_counter()
-            stop = request.asked or checkpoints.failed  # a full disk isn't trained on for
-            with together():  # a stream's document may be unreadable
-                batches = stream.next_step()
-            result = train_step(engine, batches, objective, ranks, state.step, stop)
-            loss = result.parts["masked_lm"]
+
+        def asked() -> bool:  # a full disk isn't trained on for
+            return request.asked or checkpoints.failed or (log is not None and log.alarms.stop)
+
+        for done in steps(engine, stream, objective, ranks, rate, range(state.step, max_steps), log, asked):
+            loss = done.result.parts["masked_lm"]
             state = state._replace(
-                step=state.step + 1,
-                tokens=state.tokens + result.tokens,
+                step=done.step,
+                tokens=state.tokens + done.result.tokens,
                 position=stream.position,
                 initial_loss=loss if state.initial_loss is None else state.initial_loss,
                 recent_losses=[*state.recent_losses, loss][-50:],
-                seconds=state.seconds + time.perf_counter() - start,
+                seconds=state.seconds + done.seconds,
             )
-            if log:
-                log.step(state.step, result, lr, time.perf_counter() - start)
             ends = state.step == max_steps
-            if ends or result.stop_requested or state.step % run.checkpoint.every == 0:
+            if ends or done.result.stop_requested or state.step % run.checkpoint.every == 0:
                 checkpoints.save(state)
-            if result.stop_requested and not ends:
+            if done.result.stop_requested and not ends:
                 checkpoints.finish()
                 return state, None
             if ends or state.step % run.train.evaluate_every == 0:

@@ -15,10 +15,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from routing import RoutingReport, RoutingStats, add_stats, report
+from moe.heads import MaskedLM
+from moe.tasks.model import TaskModel
+from routing import Learned, Measured, RoutingReport, RoutingStats, TakeBest, add_stats, report
 from routing.errors import UserError
+from training.alarms import Alarms
 from training.evaluate import Evaluation
 from training.step import StepResult
+
+MOST_CURVES = 16  # of one router's choices; the loads of more are one histogram
 
 
 class RunLog:
@@ -26,7 +31,8 @@ class RunLog:
 
     Loads are reported of the last step and of the window since the last report: experts that take turns
     look balanced over a window. `by_design` names the routers whose load isn't to be balanced, because they choose
-    the same for all input or a fixed share of it: of them neither balance nor dead choices are told.
+    the same for all input or a fixed share of it: of them neither balance nor dead choices are told. `loss` is the part
+    of the loss that the console shows. `alarms` watches every step.
     """
 
     def __init__(
@@ -37,6 +43,8 @@ class RunLog:
         max_steps: int,
         console: Console,
         by_design: Collection[str] = (),
+        loss: str = "masked_lm",
+        alarms: Alarms | None = None,
     ) -> None:
         try:
             self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
@@ -46,6 +54,8 @@ class RunLog:
         self._every = every
         self._console = console
         self._by_design = by_design
+        self._loss = loss
+        self.alarms = alarms or Alarms(None)
         self._window: list[StepResult] = []
         self._seconds: list[float] = []  # of the window's steps
         self._lr = 0.0
@@ -80,6 +90,8 @@ class RunLog:
         self._window.append(result)
         self._seconds.append(seconds)
         self._progress.update(self._task, completed=step, description=self._line())
+        for sentence in self.alarms.step(result.routing):
+            self._console.print(f"step {step}: {sentence}", style="bold red", markup=False, highlight=False)
         if step % self._every == 0:
             if not self._console.is_terminal:
                 self._console.print(f"step {step}: {self._line()}")
@@ -87,16 +99,24 @@ class RunLog:
                 self._write_window()
             self._window, self._seconds = [], []
 
-    def evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Record a held-out evaluation."""
+    def evaluation(self, step: int, evaluation: Evaluation, metrics: Mapping[str, float] | None = None) -> None:
+        """Record a held-out evaluation, and a task's metrics there."""
+        scores = metrics or {}
         with self._recording():
             self._writer.add_scalar("loss/held_out", evaluation.loss, step)
+            for name, value in scores.items():
+                self._writer.add_scalar(f"held_out/{name}", value, step)
             reports = {name: report(stats) for name, stats in evaluation.routing.items()}
             for name, figures in reports.items():
                 self._write_report("routing_held_out", name, figures, step)
+            for name, seen in evaluation.seen.items():
+                for figure, value in seen.scalars.items():
+                    self._writer.add_scalar(f"routing_held_out/{name}/{figure}", value, step)
+                self._writer.add_text(f"routing_held_out/{name}/tokens", seen.table, step)
             if reports:
                 self._writer.add_image("routing_held_out/load", load_image(reports), step, dataformats="HWC")
-        self._console.print(f"step {step}: held-out loss {evaluation.loss:.4f}")
+        told = "".join(f"  {name} {value:.4f}" for name, value in scores.items())
+        self._console.print(f"step {step}: held-out loss {evaluation.loss:.4f}{told}")
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -112,7 +132,7 @@ class RunLog:
         last = self._window[-1]
         worst = worst_balance(last.routing, self._by_design)
         balance = "" if worst is None else f"  worst max/mean {worst:.2f}"
-        return f"loss {last.parts['masked_lm']:.3f}  {self._tokens_per_second():,.0f} tokens/s{balance}"
+        return f"loss {last.parts[self._loss]:.3f}  {self._tokens_per_second():,.0f} tokens/s{balance}"
 
     def _tokens_per_second(self) -> float:
         """Over the window, of optimizer steps alone."""
@@ -120,8 +140,9 @@ class RunLog:
 
     def _write_window(self) -> None:
         last, step = self._window[-1], self._step
-        for name in last.parts:
-            value = float(np.mean([result.parts[name] for result in self._window]))
+        for name in dict.fromkeys(name for result in self._window for name in result.parts):
+            # Exits that are trained in every other step have a loss in those alone.
+            value = float(np.mean([result.parts[name] for result in self._window if name in result.parts]))
             self._writer.add_scalar(f"loss/{name}", value, step)
         self._writer.add_scalar("optimizer/learning_rate", self._lr, step)
         self._writer.add_scalar("optimizer/gradient_norm", last.grad_norm, step)
@@ -133,16 +154,34 @@ class RunLog:
 
     def _write_report(self, view: str, name: str, figures: RoutingReport, step: int) -> None:
         scalars = {"entropy": figures.entropy, "dropped_fraction": figures.dropped_fraction}
+        load = np.array(figures.load)
         if name not in self._by_design:
             scalars |= {"max_over_mean": figures.max_over_mean, "dead": figures.dead}
-        scalars |= {f"load/{choice:03d}": share for choice, share in enumerate(figures.load)}
+            scalars |= {"coefficient_of_variation": float(load.std() * len(load)), "load_entropy": _entropy(load)}
+        if len(load) <= MOST_CURVES:
+            scalars |= {f"load/{choice:03d}": share for choice, share in enumerate(figures.load)}
+        else:
+            self._writer.add_histogram(f"{view}/{name}/load_over_mean", load * len(load), step)
         for figure, value in scalars.items():
             self._writer.add_scalar(f"{view}/{name}/{figure}", value, step)
+
+
+def routed_by_design(model: MaskedLM | TaskModel) -> set[str]:
+    """Routers whose load isn't to be balanced: the same choices or shares for all input, or exits."""
+    fixed = Learned | Measured | TakeBest
+    exits = {f"{layer}.exit" for layer in model.exits}
+    return exits | {name for name, router in model.encoder.routers().items() if isinstance(router, fixed)}
 
 
 def worst_balance(routing: Mapping[str, RoutingStats], by_design: Collection[str] = ()) -> float | None:
     """The highest max/mean of the routers, without those whose load is by design; None if none is left."""
     return max((report(stats).max_over_mean for name, stats in routing.items() if name not in by_design), default=None)
+
+
+def _entropy(load: np.ndarray) -> float:
+    """Of the load over choices, in nats: log E if balanced."""
+    there = load[load > 0]
+    return float(-(there * np.log(there)).sum())
 
 
 def load_image(reports: Mapping[str, RoutingReport]) -> np.ndarray:

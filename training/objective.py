@@ -10,8 +10,10 @@ from torch.nn import functional as F
 from moe.batch import PackedBatch, pack_lengths, to_device
 from moe.heads import MaskedLMOutput
 from routing import RoutingLossConfig, RoutingStats, RoutingTotals, routing_loss
+from routing.sequences import sequence_of_token
 from training.config import ObjectiveConfig
 from training.data.packing import MaskedBatch
+from training.exit_objective import exits_loss, masked_lm_distance, stopping_loss
 
 
 class Batch(Protocol):
@@ -76,8 +78,9 @@ _NONE = torch.zeros(0, dtype=torch.int64)
 
 
 class MaskedLMObjective(NamedTuple):
-    """Mean cross-entropy over the tokens that are to be predicted (BERT, arXiv 1810.04805)."""
+    """Mean cross-entropy over the tokens that are to be predicted (BERT, arXiv 1810.04805), at every exit as well."""
 
+    depth: int  # of the model
     config: ObjectiveConfig = ObjectiveConfig()
 
     @property
@@ -103,11 +106,35 @@ class MaskedLMObjective(NamedTuple):
         return F.cross_entropy(output.logits.float(), batch.targets.to(output.logits.device), reduction="sum")
 
     def summed(self, output: MaskedLMOutput, batch: MaskedBatch, step: int) -> Summed:
-        loss = self.target_loss(output, batch)
-        return Summed(loss, {"masked_lm": loss.detach()})
+        loss, parts = exits_loss(
+            output.logits,
+            output.exits,
+            lambda logits: self.target_loss(output._replace(logits=logits), batch),
+            self.config.exits,
+            step,
+            self.depth,
+            masked_lm_distance,
+        )
+        parts = {"masked_lm": parts.pop("last"), **parts}
+        if output.stops:
+            price = self._stopping(output, batch)
+            loss, parts = loss + price, parts | {"stopping": price.detach()}
+        return Summed(loss, parts)
 
     def routing_losses(self, config: RoutingLossConfig) -> RoutingLossConfig:
         return config
+
+    def _stopping(self, output: MaskedLMOutput, batch: MaskedBatch) -> Tensor:
+        device = output.logits.device
+        cu_seqlens, targets = batch.batch.cu_seqlens.to(device), batch.targets.to(device)
+        owner = sequence_of_token(cu_seqlens, len(batch.input_ids))[batch.target_index.to(device)]
+        none = torch.zeros(len(cu_seqlens) - 1, device=device)
+        losses = {
+            layer: none.index_add(0, owner, F.cross_entropy(logits.detach().float(), targets, reduction="none"))
+            for layer, logits in {**output.exits, self.depth - 1: output.logits}.items()
+        }
+        counts = none.index_add(0, owner, torch.ones_like(owner, dtype=none.dtype))
+        return stopping_loss(output.stops, losses, counts, self.config.exits.layer_price, self.depth)
 
 
 def share_of_loss(

@@ -15,8 +15,10 @@ from torch import Tensor
 from moe.files import write_file
 from moe.heads import MaskedLM
 from moe.pretrained import TOKENIZER, load_weights, save_pretrained
-from routing import Learned, Measured, TakeBest, report
+from routing import report
+from routing.config import Config
 from routing.errors import UserError
+from training.alarms import Alarms
 from training.checkpoint import Checkpoints
 from training.checkpoint_files import TrainState, some
 from training.config import LOCAL, RunConfig, differences
@@ -35,8 +37,9 @@ from training.engine import (
     together,
 )
 from training.evaluate import Evaluation, evaluate
+from training.inspection.live import HeldOutLook
 from training.loop import train
-from training.metrics import RunLog, routing_table, worst_balance
+from training.metrics import RunLog, routed_by_design, routing_table, worst_balance
 from training.objective import MaskedLMObjective
 from training.optimizer_state import load_moments, on_main_rank, whole_parameters
 from training.resume import Checkpoint, agreed_checkpoint, read_checkpoint, restore_rng
@@ -83,6 +86,9 @@ def assemble(
     engine = build_engine(model, run, stream.accumulation, ranks)
     torch.manual_seed(run.seed + 1 + ranks.rank)  # dropout differs between ranks
 
+    looks = ranks.is_main and model.encoder.routers()
+    look = HeldOutLook(model, data.tokenizer, run.model.vocab_size, run.data.max_length) if looks else None
+
     def evaluate_held_out() -> Evaluation:
         batches = held_out_batches(
             data.held_out,
@@ -93,7 +99,9 @@ def assemble(
             world=ranks.world,
             max_tokens=run.train.evaluation_tokens,
         )
-        return evaluate(engine, batches, MaskedLMObjective(run.objective), ranks)
+        with look or nullcontext():
+            found = evaluate(engine, batches, MaskedLMObjective(run.model.depth, run.objective), ranks)
+        return found._replace(seen=look.seen()) if look else found
 
     return Assembled(engine, stream, evaluate_held_out)
 
@@ -158,9 +166,17 @@ def pretrain(run: RunConfig) -> Summary | None:
             + (f", resumed from {source}" if source else "")
             + f"\nheld-out loss {before.loss:.4f}, unigram entropy {entropy:.4f} nats"
         )
-        log, by_design = None, _by_design(engine.module)
+        log, by_design = None, routed_by_design(engine.module)
         if ranks.is_main:
-            log = RunLog(folder / "tensorboard", run.log.every, state.step, run.train.max_steps, console, by_design)
+            log = RunLog(
+                folder / "tensorboard",
+                run.log.every,
+                state.step,
+                run.train.max_steps,
+                console,
+                by_design,
+                alarms=Alarms(run.log.alarm, by_design),
+            )
         tokenizer = data.tokenizer.to_str(pretty=True)
         if log and not state.step:
             log.evaluation(0, before)
@@ -184,7 +200,7 @@ def pretrain(run: RunConfig) -> Summary | None:
         return summary
 
 
-def refuse_other_configs(run: RunConfig, ranks: Ranks) -> None:
+def refuse_other_configs(run: Config, ranks: Ranks) -> None:
     """Raise UserError on every rank, naming the keys, unless all have rank 0's config, but for `LOCAL`. Collective."""
     texts = gather_texts(json.dumps(run.model_dump(mode="json"), sort_keys=True), ranks)
     first = json.loads(texts[0])
@@ -229,13 +245,6 @@ def _warn_of_other_sizes(checkpoint: Checkpoint, sizes: Mapping[str, int], conso
             "and documents are read twice or never: restore the files then",
             markup=False,
         )
-
-
-def _by_design(model: MaskedLM) -> set[str]:
-    """Routers whose load isn't to be balanced: the same choices or shares for all input, or exits."""
-    fixed = Learned | Measured | TakeBest
-    exits = {f"{layer}.exit" for layer in model.exits}
-    return exits | {name for name, router in model.encoder.routers().items() if isinstance(router, fixed)}
 
 
 def _summary(state: TrainState, after: Evaluation, entropy: float, ranks: Ranks, by_design: set[str]) -> Summary:

@@ -4,9 +4,9 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from moe.files import clear_leftovers, told_unwritable, write_file
 from routing.errors import UserError
@@ -17,39 +17,66 @@ from training.engine import Ranks, main_first
 LOCK = ".lock"
 
 
+class Layout(NamedTuple):
+    """What a kind of run keeps in its folder, besides `config.yaml` and `summary.json`."""
+
+    folders: tuple[str, ...]
+    results: str  # pattern of what an old run leaves behind, and a new one doesn't take over
+    written: str  # pattern of the folders that are written whole
+    foreign: str  # pattern of what only runs of another kind have
+    other: str  # what these are
+
+
+PRETRAINING = Layout(
+    ("checkpoints", "model", "tensorboard"), "checkpoints", "checkpoints/step-*", "seed-*", "fine-tuning"
+)
+FINETUNING = Layout(("model", "tensorboard"), "seed-*", "seed-*", "checkpoints", "pre-training")
+
+
+def claimed(run: RunConfig, ranks: Ranks) -> AbstractContextManager[None]:
+    """`claimed_folder` of a pre-training."""
+    return claimed_folder(Path(run.run_dir), as_yaml(run), PRETRAINING, run.checkpoint.resume == "never", ranks)
+
+
 @contextmanager
-def claimed(run: RunConfig, ranks: Ranks) -> Iterator[None]:
+def claimed_folder(folder: Path, config: str, layout: Layout, start_again: bool, ranks: Ranks) -> Iterator[None]:
     """Make the run's folder and write its config; until the end no other run may use it. Collective.
 
+    Args:
+        config: the resolved one, as YAML.
+        start_again: move what an old run left there aside.
+
     Raises:
-        UserError: if it can't be written, or another run uses it.
+        UserError: if it can't be written, another run uses it, or one of another kind has.
     """
     lock = None
     try:
         with main_first(ranks):
             if ranks.is_main:
-                lock = _claim(Path(run.run_dir), run)
+                lock = _claim(folder, config, layout, start_again)
         yield
     finally:
         if lock is not None:
             lock.close()
 
 
-def _claim(folder: Path, run: RunConfig) -> TextIO:
-    for name in ("checkpoints", "model", "tensorboard"):
+def _claim(folder: Path, config: str, layout: Layout, start_again: bool) -> TextIO:
+    for name in layout.folders:
         if (folder / name).exists() and not (folder / name).is_dir():
             raise UserError(f"{folder / name} is a file where the run keeps a folder; move it or change run_dir")
     for name in ("config.yaml", "summary.json"):
         if (folder / name).is_dir():
             raise UserError(f"{folder / name} is a folder where the run keeps a file; move it or change run_dir")
+    if any(folder.glob(layout.foreign)):
+        raise UserError(f"{folder} holds a {layout.other}, whose files this would replace; choose another run_dir")
     lock = _lock(folder)
-    if run.checkpoint.resume == "never" and (folder / "checkpoints").exists():
+    if start_again and any(folder.glob(layout.results)):
         with lock:  # on the old run's folder, which goes
             _move_aside(folder.resolve())
         lock = _lock(folder)
     with told_unwritable(folder):
-        clear_leftovers(folder / "checkpoints", "step-*")
-    write_file(folder / "config.yaml", as_yaml(run))
+        clear_leftovers((folder / layout.written).parent, Path(layout.written).name)
+    write_file(folder / "config.yaml", config)
     return lock
 
 

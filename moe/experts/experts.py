@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moe.experts.config import ExpertsConfig
 from moe.experts.dispatch import DispatchPlan, gates_of_experts
-from moe.experts.mixture import choose_mixture
+from moe.experts.mixture import choose_mixture, mixture_with_dropout
 from moe.feed_forward import input_width
 from moe.precision import in_autocast
 
@@ -24,6 +24,7 @@ class Experts(nn.Module):
         self.activation = config.activation
         self.backend = config.backend
         self.mixture = choose_mixture(config.backend, width, config.width)
+        self.dropout = 0.0  # of hidden units in training: set by the trainer, not part of the model
         self.up = nn.Parameter(torch.empty(config.count, width, input_width(config.width, config.activation)))
         self.down = nn.Parameter(torch.empty(config.count, config.width, width))
         self.up_bias = nn.Parameter(torch.empty(config.count, self.up.shape[2])) if config.bias else None
@@ -41,7 +42,9 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
         """`[T, D]`, gates `[T, K]` -> `[T, D]`: each token's experts, weighted; in autocast's dtype if on."""
         x = in_autocast(x)  # which doesn't know grouped products
-        y = self.mixture(x, weights, plan, self.up, self.down, self.activation, self.up_bias)
+        arguments = (x, weights, plan, self.up, self.down, self.activation, self.up_bias)
+        dropped_out = self.training and self.dropout
+        y = mixture_with_dropout(*arguments, self.dropout) if dropped_out else self.mixture(*arguments)
         if self.down_bias is None:
             return y
         # Behind the weighted sum, where no backend need know of it: the sum of gates by expert times its bias.

@@ -60,8 +60,9 @@ def _composed(
     down: Tensor,
     activation: Activation,
     up_bias: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """Step by step: gather, two grouped products, weighted sum."""
+    """Step by step: gather, two grouped products with dropout between them, weighted sum."""
     up, down = up.to(x.dtype), down.to(x.dtype)
     rows = x.index_select(0, plan.assignments // plan.row_of.shape[1])
     pre = grouped_linear(rows, up, plan.ends)
@@ -69,12 +70,32 @@ def _composed(
         (table,) = in_float32(F.pad(up_bias, (0, 0, 0, 1)))  # and nobody's, whose rows have undefined gradients
         # A look-up, whose gradient sums an expert's rows in a fixed order on a GPU too.
         pre = pre + F.embedding(experts_of_rows(plan), table).to(pre.dtype)
-    return combine_rows(grouped_linear(activate(pre, activation), down, plan.ends), weights, plan)
+    hidden = F.dropout(activate(pre, activation), dropout)
+    return combine_rows(grouped_linear(hidden, down, plan.ends), weights, plan)
 
 
 # Not closures: a module that holds one can be pickled.
 loop_mixture: Mixture = partial(_composed, loop_grouped_linear)
 torch_mixture: Mixture = partial(_composed, torch_grouped_linear)
+
+
+def mixture_with_dropout(
+    x: Tensor,
+    weights: Tensor,
+    plan: DispatchPlan,
+    up: Tensor,
+    down: Tensor,
+    activation: Activation,
+    up_bias: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """`Mixture` where each hidden unit of each row is left out with probability `dropout` (expert dropout, Switch,
+    arXiv 2101.03961, section 2.4), and the others are divided by `1 - dropout`.
+
+    Whatever the backend is otherwise, it is composed here: fused kernels have nothing between their products.
+    """
+    grouped_linear = torch_grouped_linear if _torch_serves(x, down) else loop_grouped_linear
+    return _composed(grouped_linear, x, weights, plan, up, down, activation, up_bias, dropout)
 
 
 def choose_mixture(backend: Backend, width: int, hidden: int) -> Mixture:
@@ -128,11 +149,16 @@ def auto_mixture(
         mixture = cpu_mixture
     elif best == "triton" and triton_available(x.device) is None:
         mixture = triton_mixture
-    elif x.dtype == torch.float64 or x.shape[1] % 8 or down.shape[1] % 8:  # what torch's kernel doesn't take
+    elif not _torch_serves(x, down):
         mixture = loop_mixture
     if best == "cpu" and mixture is not cpu_mixture and (reason := why_unavailable()):
         _warn_once(f"experts are slower than they could be, as backend: cpu isn't available: {reason}")
     return mixture(x, weights, plan, up, down, activation, up_bias)
+
+
+def _torch_serves(x: Tensor, down: Tensor) -> bool:
+    """Whether torch's kernel takes rows of such a dtype and such widths."""
+    return x.dtype != torch.float64 and x.shape[1] % 8 == 0 and down.shape[1] % 8 == 0
 
 
 @cache

@@ -49,7 +49,7 @@ WAYS = ("background", "foreground")
 
 def train_steps(engine: Any, stream: TrainingStream, run: RunConfig, ranks: Ranks, steps: int) -> None:
     for _ in range(steps):
-        train_step(engine, stream.next_step(), MaskedLMObjective(run.objective), ranks)
+        train_step(engine, stream.next_step(), MaskedLMObjective(run.model.depth, run.objective), ranks)
 
 
 def no_space(*arguments: Any) -> Any:

@@ -47,7 +47,7 @@ def test_it_is_the_mean_cross_entropy_over_targets(
     run: RunConfig, data: PreparedData, model: MaskedLM, alone: Ranks
 ) -> None:
     (batch,) = batches(run, data, 1000)
-    actual = evaluate(model, [batch], MaskedLMObjective(), alone)
+    actual = evaluate(model, [batch], MaskedLMObjective(depth=2), alone)
     with torch.no_grad():
         output = model.eval()(batch.input_ids, batch=batch.batch, target_index=batch.target_index)
     assert actual.loss == pytest.approx(float(F.cross_entropy(output.logits, batch.targets)))
@@ -61,10 +61,10 @@ def test_it_is_the_mean_cross_entropy_over_targets(
 def test_it_is_the_same_for_any_micro_batch(
     run: RunConfig, data: PreparedData, model: MaskedLM, alone: Ranks, micro_batch_tokens: int
 ) -> None:
-    whole = evaluate(model, batches(run, data, 1000), MaskedLMObjective(), alone)
+    whole = evaluate(model, batches(run, data, 1000), MaskedLMObjective(depth=2), alone)
     parts = list(batches(run, data, micro_batch_tokens))
     assert len(parts) > 1
-    cut = evaluate(model, parts, MaskedLMObjective(), alone)
+    cut = evaluate(model, parts, MaskedLMObjective(depth=2), alone)
     assert cut.loss == pytest.approx(whole.loss, rel=1e-6)
     for name, stats in whole.routing.items():
         assert torch.equal(cut.routing[name].assigned, stats.assigned)
@@ -77,8 +77,8 @@ def test_twice_it_says_the_same_and_leaves_no_trace(
 ) -> None:
     random = torch.get_rng_state()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    first = evaluate(model, batches(run, data, 100), MaskedLMObjective(), alone)
-    second = evaluate(model, batches(run, data, 100), MaskedLMObjective(), alone)
+    first = evaluate(model, batches(run, data, 100), MaskedLMObjective(depth=2), alone)
+    second = evaluate(model, batches(run, data, 100), MaskedLMObjective(depth=2), alone)
     assert first.loss == second.loss
     for name, stats in first.routing.items():
         assert all(map(torch.equal, stats, second.routing[name]))
@@ -89,4 +89,4 @@ def test_twice_it_says_the_same_and_leaves_no_trace(
 
 
 def test_without_batches_there_is_nothing_to_say(model: MaskedLM, alone: Ranks) -> None:
-    assert evaluate(model, [], MaskedLMObjective(), alone) == (0.0, {})
+    assert evaluate(model, [], MaskedLMObjective(depth=2), alone) == (0.0, {})

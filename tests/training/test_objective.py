@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe.batch import pack_lengths
 from moe.heads import MaskedLMOutput
 from routing import RoutingLossConfig, RoutingStats, RoutingTotals
+from training.config import ObjectiveConfig
+from training.data.packing import MaskedBatch
+from training.exit_objective import JointConfig
 from training.objective import MaskedLMObjective, share_of_loss
 
 LOSSES = RoutingLossConfig(balance=0.5, z=0.25)
@@ -36,7 +40,7 @@ def share(
         for name, counts in assigned.items()
     }
     losses = dict.fromkeys(assigned, LOSSES)
-    objective = MaskedLMObjective()
+    objective = MaskedLMObjective(depth=2)
     summed = objective.summed(output, objective.nothing._replace(targets=targets), 0)
     return share_of_loss(summed, output.routing, torch.tensor(step_targets), losses, totals, step=0)
 
@@ -85,13 +89,42 @@ def test_without_routers_there_is_cross_entropy_alone() -> None:
 
 
 def test_a_share_without_targets_is_nothing() -> None:
-    empty = MaskedLMOutput(
-        torch.zeros(0, 2, requires_grad=True), {"0.experts": stats([0.0, 0.0], [0, 0], 0.0, 0)}, {}, {}
-    )
+    routed = stats([0.0, 0.0], [0, 0], 0.0, 0)
+    empty = MaskedLMOutput(torch.zeros(0, 2, requires_grad=True), {"0.experts": routed}, {}, {})
     none = torch.zeros(0, dtype=torch.int64)
     loss, parts = share(empty, none, 0, 0, {"0.experts": torch.zeros(2, dtype=torch.int64)})
     assert float(loss) == 0
     assert {name: float(part) for name, part in parts.items()} == {"masked_lm": 0, "balance": 0, "z": 0}
+
+
+def test_exits_share_the_loss_and_their_routers_pay_for_layers() -> None:
+    final, early = logits(0.0, math.log(3), 0.0), logits(math.log(3), 0.0, 0.0)
+    stop = torch.zeros(2, requires_grad=True)  # both stop at even odds
+    output = MaskedLMOutput(final, {}, {0: early}, {0: stop})
+    batch = MaskedBatch(  # the first sequence has two targets, the second one
+        torch.zeros(5, dtype=torch.int64),
+        pack_lengths([3, 2]),
+        torch.tensor([0, 2, 4]),
+        torch.zeros(3, dtype=torch.int64),
+        torch.arange(2),
+    )
+    config = ObjectiveConfig(exits=JointConfig(layer_price=0.2))
+    loss, parts = MaskedLMObjective(2, config).summed(output, batch, 0)
+    half, third = math.log(2), math.log(4 / 3)
+    last = first = 2 * half + third
+    price = (0.5 * (half + third + 0.2) + 0.5 * (half + third + 0.4)) + (0.5 * (half + 0.1) + 0.5 * (half + 0.2))
+    assert {name: float(part) for name, part in parts.items()} == pytest.approx(
+        {"masked_lm": last, "exit_0": first, "stopping": price}
+    )
+    assert float(loss) == pytest.approx(last * 2 / 3 + first / 3 + price)
+    loss.backward()
+    assert early.grad is not None
+    assert early.grad[1].tolist() == pytest.approx([-0.5 / 3, 0.5 / 3])  # of the joint loss; none of the price's
+    assert stop.grad is not None
+    assert stop.grad.tolist() == pytest.approx([0.25 * -0.2, 0.25 * -0.1])  # to stop saves a layer, for each target
+    assert MaskedLMObjective(2, config).summed(output._replace(exits={}, stops={}), batch, 0).parts == {
+        "masked_lm": pytest.approx(last)
+    }
 
 
 def shares(own_counts: bool) -> tuple[list[dict[str, float]], dict[str, float]]:

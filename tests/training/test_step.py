@@ -119,6 +119,27 @@ def test_routed_heads_beside_experts_give_two_ranks_the_gradients_of_one_process
     assert {"load 0.heads", "load 1.heads", "load 0.experts"} <= found.keys()
 
 
+def test_exits_give_every_cut_the_gradients_of_one_batch(
+    exact: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
+) -> None:
+    """Alternating, so that two of three steps leave the exits' heads without a loss, but not their routers."""
+    exact["model"]["exits"] = {"layers": [0], "router": {}}
+    exact["objective"] = {"exits": {"kind": "alternating"}, "routing_totals": "step"}
+    config = str(write_config(exact))
+    cuts = {1: ["0,1"], 2: ["1,1", "2,2", "3,1"]}
+    for world, chosen in cuts.items():
+        (tmp_path / str(world)).mkdir()
+        run_on(world, record, config, str(tmp_path / str(world)), *chosen)
+    one = tmp_path / "1" / "0,1.safetensors"
+    for variant in cuts[2]:
+        assert_same(tmp_path / "2" / f"{variant}.safetensors", one)
+    found = load_file(one)
+    assert not found["gradient exits.0.head.dense.weight"].any()  # of the first step
+    assert found["moment exits.0.head.dense.weight.exp_avg"].any()  # after the second
+    assert found["gradient exits.0.router.router.logits.weight"].any()
+    assert "load 0.exit" in found
+
+
 LOSSES = {"z": 0.1, "entropy": -0.1, "sequence_balance": 0.5}  # exact without the step's assignments
 DEPTH = {"capacity": 0.4, "router": {"noise": {"kind": "jitter", "amount": 0.3}, "centring": {"rate": 0.5}}}
 DEPTH["router"]["losses"] = {"z": 0.2, "entropy": -0.1}

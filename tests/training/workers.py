@@ -72,7 +72,9 @@ def record_steps(run: RunConfig, ranks: Ranks, steps: int = 3) -> dict[str, Tens
     losses = []
     try:
         for number in range(steps):
-            result = step.train_step(engine, stream.next_step(), MaskedLMObjective(run.objective), ranks, number)
+            result = step.train_step(
+                engine, stream.next_step(), MaskedLMObjective(run.model.depth, run.objective), ranks, number
+            )
             losses.append(result.parts["masked_lm"])
     finally:
         step.step_and_norm = original
@@ -139,7 +141,7 @@ def fail_to_save(config: str, out: str) -> None:
         data["parallel"] = {"zero_stage": stage}
         run = RunConfig.model_validate(data)
         engine, stream = assemble(run, ranks)
-        step.train_step(engine, stream.next_step(), MaskedLMObjective(run.objective), ranks)
+        step.train_step(engine, stream.next_step(), MaskedLMObjective(run.model.depth, run.objective), ranks)
         state = TrainState(6, 0, stream.position, None, [], 0.0, 0.0, "")
 
         def failing(engine: Any = engine, run: RunConfig = run, state: TrainState = state) -> Exception:

@@ -31,6 +31,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from routing.errors import UserError
 from training.config import RunConfig
+from training.finetune.config import FinetuneConfig
 from training.launch.failure import lost_others, message_of
 
 USER_ERROR = 2  # the exit code for what the user can mend
@@ -246,13 +247,17 @@ def describe(rank: int, failure: ProcessFailure) -> str:
     return f"rank {rank} failed with exit code {failure.exitcode}"
 
 
-def refuse_losing_restarts(run: RunConfig) -> None:
-    """Raise UserError unless a run that is started again goes on from its own checkpoints."""
-    if run.checkpoint.resume != "auto":
+def refuse_losing_restarts(run: RunConfig | FinetuneConfig) -> None:
+    """Raise UserError unless a run that is started again goes on from what it has saved."""
+    name, resume, saved = (
+        ("resume", run.resume, "seed")
+        if isinstance(run, FinetuneConfig)
+        else ("checkpoint.resume", run.checkpoint.resume, "checkpoint")
+    )
+    if resume != "auto":
         raise UserError(
-            f"checkpoint.resume is {run.checkpoint.resume}, so a restart wouldn't go on from the run's own "
-            "checkpoints; set it to auto (in a new run_dir that starts from the beginning), or launch without restarts "
-            "until the run has its first checkpoint"
+            f"{name} is {resume}, so a restart wouldn't go on from the run's own {saved}s; set it to auto (in a new "
+            f"run_dir that starts from the beginning), or launch without restarts until the run has its first {saved}"
         )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from routing.errors import UserError
 from training.config import RunConfig
+from training.finetune.config import FinetuneConfig
 from training.launch.agent import ONE_MACHINE, Rendezvous, refuse_losing_restarts, run_ranks
 from training.launch.hosts import run_on_hosts
 from training.process import usable_cores
@@ -28,7 +29,7 @@ class Launch(NamedTuple):
     restarts: int = 0
 
 
-def launch(what: Launch, run: RunConfig) -> int:
+def launch(what: Launch, run: RunConfig | FinetuneConfig) -> int:
     """Run a `moe` command on several ranks and return its exit code.
 
     Args:

@@ -72,7 +72,7 @@ def measured_peak(run: RunConfig, ranks: Any) -> int:
         engine = build_engine(model, run, accumulation, ranks)
         engine.train()
         for step in range(2):
-            train_step(engine, batches, MaskedLMObjective(run.objective), ranks, step)
+            train_step(engine, batches, MaskedLMObjective(run.model.depth, run.objective), ranks, step)
     assert profiled.profiler is not None
     events: list[tuple[int, int, int]] = []
     pending = list(profiled.profiler.kineto_results.experimental_event_tree())

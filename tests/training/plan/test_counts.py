@@ -82,7 +82,7 @@ def counted_flops(run: RunConfig) -> int:
             name: RoutingTotals(stats.assigned, stats.prob_sum.detach(), count, stats.sequences)
             for name, stats in output.routing.items()
         }
-        summed = MaskedLMObjective().summed(output, batch, 0)
+        summed = MaskedLMObjective(depth=2).summed(output, batch, 0)
         loss, _ = share_of_loss(summed, output.routing, torch.tensor(len(batch.targets)), losses, totals, 0)
         loss.backward()
     # Elementwise by nature, but written as a batched product. Recomputation stops before it where nothing follows.

@@ -1,0 +1,91 @@
+"""`moe evaluate` and `moe predict`: a fine-tuned model on files."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from moe.files import sync
+from routing.errors import UserError
+from training.data.errors import DataError
+from training.predictor import Predictor, load_predictor
+
+
+def evaluate_file(
+    model: Path, data: str, tokens: int, overrides: Sequence[str], exit_threshold: float | None = None
+) -> dict[str, float]:
+    """The task's metrics on a labelled file.
+
+    Args:
+        tokens: that are computed at a time, at most.
+        overrides: of how rows are read.
+        exit_threshold: as of `load_predictor`.
+
+    Raises:
+        UserError: for a model or a file that can't be used.
+    """
+    return _predictor(model, tokens, overrides, exit_threshold).evaluate(data)
+
+
+def predict_file(
+    model: Path, data: Path, out: Path, tokens: int, overrides: Sequence[str], exit_threshold: float | None = None
+) -> int:
+    """Write each line of a JSONL file with a `prediction` more, in their order; whole or not at all.
+
+    Reads and answers a window of rows at a time, so a file may be of any size.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        UserError: as `evaluate_file`, naming the line for one that isn't a JSON object; if `out` can't be written.
+    """
+    predictor = _predictor(model, tokens, overrides, exit_threshold)
+    waiting: list[dict[str, Any]] = []  # rows that were read ahead of their answers
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for row in _rows(data):
+            waiting.append(row)
+            yield row
+
+    count = 0
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for answer in predictor.stream(rows(), str(data)):
+                file.write(json.dumps({**waiting.pop(0), "prediction": answer}, ensure_ascii=False) + "\n")
+                count += 1
+        sync(partial)
+        os.replace(partial, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+    return count
+
+
+def _predictor(model: Path, tokens: int, overrides: Sequence[str], exit_threshold: float | None) -> Predictor:
+    if tokens < 1:
+        raise UserError(f"--tokens is {tokens}; give 1 or more")
+    return load_predictor(model, overrides=overrides, exit_threshold=exit_threshold)._replace(micro_batch_tokens=tokens)
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    with file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number} isn't valid JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number} is {type(row).__name__}, not an object of columns")
+            yield row

@@ -1,0 +1,126 @@
+"""What a fine-tuning starts from: an encoder's weights and its tokenizer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from pydantic import ValidationError
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from moe.config import EncoderConfig
+from moe.heads import MaskedLM
+from moe.pretrained import TOKENIZER, load_model, load_weights
+from moe.tasks.config import TaskConfig
+from moe.tasks.model import TaskModel
+from routing.errors import UserError
+from training.checkpoint_files import CONFIG, MODEL, STATE, by_age, find_fault, index_name, last_saved
+from training.config import RunConfig, refuse_longer_sequences, refuse_unspreadable_experts
+from training.data.tokenizer import vocabulary
+from training.finetune.config import CheckpointStart, FinetuneConfig, FreshStart
+from training.shards import ShardedTensors
+
+
+class Start(NamedTuple):
+    """An encoder before it learns its task."""
+
+    config: EncoderConfig
+    tokenizer: Tokenizer
+    weights: Mapping[str, Tensor] | None  # of the encoder, under its own names; None: to be drawn
+
+
+def read_start(run: FinetuneConfig) -> Start:
+    """Read what `model` names.
+
+    Raises:
+        UserError: if there is no whole model with its tokenizer, or the run doesn't fit it.
+    """
+    start = run.model
+    weights: Mapping[str, Tensor] | None
+    match start:
+        case CheckpointStart():
+            folder = _checkpoint_folder(Path(start.path))
+            model = _from_checkpoint(folder)
+            config, weights = model.config, model.encoder.state_dict()
+        case FreshStart():
+            folder = Path(start.like)
+            config, weights = start.encoder or load_model(folder).config, None
+        case _:
+            folder = Path(start.path)
+            found = load_model(folder)
+            config, weights = found.config, found.encoder.state_dict()
+    tokenizer = read_tokenizer(folder)
+    changed = {"exits": start.exits} | ({} if start.dropout is None else {"dropout": start.dropout})
+    try:
+        config = EncoderConfig.model_validate({**dict(config), **changed})
+    except ValidationError as error:
+        raise UserError(f"model doesn't fit the encoder in {folder}: {error.errors()[0]['msg']}") from error
+    words = vocabulary(tokenizer).size
+    if words > config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {folder} has {words} tokens but the embedding only {config.vocab_size} rows; they don't "
+            "belong together"
+        )
+    try:
+        refuse_longer_sequences(config, run.data.max_length)
+        refuse_unspreadable_experts(config, run.parallel.expert)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return Start(config, tokenizer, weights)
+
+
+def build_model(start: Start, task: TaskConfig) -> TaskModel:
+    """The encoder under a new head; what isn't read is drawn from torch's generator."""
+    model = TaskModel(start.config, task)
+    if start.weights is not None:
+        model.encoder.load_state_dict(start.weights)
+    return model
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model's folder.
+
+    Raises:
+        UserError: if there is none, or it is broken.
+    """
+    path = folder / TOKENIZER
+    if not path.exists():
+        raise UserError(
+            f"{folder} holds no {TOKENIZER}, so text can't be turned into the tokens that the model knows; copy the "
+            "one it was trained with there"
+        )
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more specific
+        raise UserError(f"{path} is not a whole tokenizer: {error}") from error
+
+
+def _checkpoint_folder(given: Path) -> Path:
+    """A checkpoint's own folder, or of a run's checkpoints the last whole one."""
+    if (given / STATE).exists():
+        candidates = [given]
+    else:
+        parent = given / "checkpoints"
+        last = last_saved(parent)
+        candidates = sorted(by_age(parent), key=lambda folder: folder.name != last)
+    faults = []
+    for folder in candidates:
+        fault = find_fault(folder)
+        if fault is None:
+            return folder
+        faults.append(f"{folder.name}: {fault}")
+    raise UserError(
+        f"{given} holds no whole checkpoint{': ' if faults else ''}{'; '.join(faults)}; name a folder such as "
+        "RUN/checkpoints/step-000100, or a run's"
+    )
+
+
+def _from_checkpoint(folder: Path) -> MaskedLM:
+    try:
+        run = RunConfig.model_validate(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise UserError(f"{folder / CONFIG} isn't a run that this version knows: {error}") from error
+    model = MaskedLM(run.model)
+    load_weights(model, ShardedTensors(folder, index_name(MODEL)), str(folder))
+    return model
