@@ -66,6 +66,7 @@ class Verdict(Section):
     summary: list[str]  # sentences, the most important first
     findings: list[Finding]
     notes: list[str]  # what isn't an illness: too little text to tell, what wasn't looked at
+    untold: list[str] = []  # routers of which there is too little text to call them healthy
 
 
 class Histogram(Section):
@@ -284,7 +285,7 @@ class Drift(Section):
 class Point(Section):
     """One checkpoint, or model."""
 
-    name: str
+    name: str  # no two points have the same
     step: Count | None
     routers: dict[str, PointRouter]
     drift: dict[str, Drift] | None  # since the point before; null for the first

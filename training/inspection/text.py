@@ -103,7 +103,7 @@ def read_batches(text: Text, batch_tokens: int, rank: int = 0, world: int = 1) -
                 yield _batch(mine, documents, size)
                 mine, filled, documents, size = [], 0, 0, 0
     if not number:
-        raise UserError(f"{', '.join(text.files)} hold no text to look at; give a file with at least one document")
+        raise UserError(f"there is no text in {', '.join(text.files)}: give a file with at least one document")
     if mine:
         yield _batch(mine, documents, size)
 

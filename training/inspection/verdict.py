@@ -10,41 +10,46 @@ COLLAPSED = 0.5  # of the way from balance to all tokens taking the same choices
 VIOLATION = 2.0  # MaxVio: the fullest choice takes three times its fair share
 KNOWN_BY_POSITION = 0.9  # of the best choice's entropy
 DROPPED = 0.1  # of the assignments
-ENOUGH = 100  # tokens that a choice would have to get, before it can be called dead
+ENOUGH = 100  # tokens that are a choice's fair share, before it can be called dead
+SOME = 20  # and before load can be called unbalanced or collapsed: chance alone makes few tokens uneven
 
 
 def verdict(routers: list[Router], notes: list[str]) -> Verdict:
     """Name every illness of every router, and nothing else.
 
     A collapsed layer is called that alone: that its other choices are starved is the same illness. Of routers whose
-    load is by design, balance isn't asked.
+    load is by design, balance isn't asked. Of too little text nothing is claimed, neither illness nor health.
     """
     findings = [finding for router in routers for finding in _findings(router)]
     ill = list(dict.fromkeys(finding.router for finding in findings))
-    few = [router.name for router in routers if not router.alike and not _enough(router)]
+    few = [router for router in routers if not router.alike and not _enough(router, ENOUGH)]
     if few:
-        notes = [
-            f"Too little text to tell dead choices of {_listed(few)}: each choice's fair share would be below {ENOUGH} "
-            "tokens.",
-            *notes,
-        ]
+        too_few = [router for router in few if not _enough(router, SOME)]
+        what = [("dead choices of", few)] + ([("the balance of", too_few)] if too_few else [])
+        of_what = " and ".join(f"{of} {_names(them)}" for of, them in what)
+        limits = f"{ENOUGH} tokens" + (f" ({SOME} for the balance)" if too_few else "")
+        notes = [f"Too little text to tell {of_what}: each choice's fair share would be below {limits}.", *notes]
     if findings:
         summary = [f"Not healthy: {len(ill)} of {len(routers)} routers {'is' if len(ill) == 1 else 'are'} ill."]
         summary += [finding.sentence for finding in findings]
+    elif few:
+        summary = [f"No illness was found, but the text is too short to call {_names(few)} healthy."]
     else:
         summary = [f"Healthy: {_worst(routers)}"]
-    return Verdict(healthy=not findings, summary=summary, findings=findings, notes=notes)
+    untold = [router.name for router in few]
+    return Verdict(healthy=not findings, summary=summary, findings=findings, notes=notes, untold=untold)
 
 
 def _findings(router: Router) -> Iterator[Finding]:
     if not router.alike:
         collapse = collapse_of(router)
-        if collapse > COLLAPSED:
+        told = _enough(router, SOME)
+        if told and collapse > COLLAPSED:
             yield _collapsed(router, collapse)
         else:
-            if router.max_violation > VIOLATION:
+            if told and router.max_violation > VIOLATION:
                 yield _unbalanced(router)
-            if router.dead and _enough(router):
+            if router.dead and _enough(router, ENOUGH):
                 yield _dead(router)
     if router.known_by_position is not None and router.known_by_position > KNOWN_BY_POSITION:
         yield _position_only(router)
@@ -148,12 +153,17 @@ def _worst(routers: list[Router]) -> str:
     dropped = max(router.dropped_fraction for router in balanced)
     return (
         f"no choice is dead, none identical; the fullest is {_some(fullest, [choice])} of layer {fullest.layer} with "
-        f"{fullest.max_over_mean:.2f} times its fair share, and at most {dropped:.1%} of assignments are dropped."
+        f"{fullest.max_over_mean:.2f} times its fair share, and {_dropped(dropped)}."
     )
 
 
-def _enough(router: Router) -> bool:
-    return router.tokens * router.top_k / router.choices >= ENOUGH
+def _dropped(most: float) -> str:
+    return f"at most {most:.1%} of assignments are dropped" if most else "nothing is dropped"
+
+
+def _enough(router: Router, share: int) -> bool:
+    """Whether a choice's fair share is at least so many tokens."""
+    return router.tokens * router.top_k / router.choices >= share
 
 
 def _one(router: Router) -> str:
@@ -167,6 +177,10 @@ def _some(router: Router, choices: list[int]) -> str:
 def _where(router: Router) -> str:
     """ "experts" go without saying."""
     return f"Layer {router.layer}" + ("" if router.routes == "experts" else f" ({router.routes})")
+
+
+def _names(routers: list[Router]) -> str:
+    return _listed([router.name for router in routers])
 
 
 def _listed(names: list[str], most: int = 8) -> str:

@@ -21,7 +21,8 @@ def test_the_published_schema_is_that_of_the_types() -> None:
 
 def test_an_example_is_valid_and_survives_the_types() -> None:
     jsonschema.validate(EXAMPLE, PUBLISHED)
-    assert Stats.model_validate(EXAMPLE).model_dump(mode="json") == EXAMPLE
+    # Fields that were added since it was written have defaults.
+    assert Stats.model_validate(EXAMPLE).model_dump(mode="json", exclude_unset=True) == EXAMPLE
 
 
 def _without_verdict(stats: dict[str, Any]) -> None:

@@ -75,8 +75,19 @@ def test_what_is_dropped_and_who_is_starved() -> None:
 def test_of_little_text_nothing_is_called_dead() -> None:
     few = router_of(load=[0.0, *[1 / 7] * 7], dead=[0], tokens=50)
     told = verdict([few], [])
-    assert told.healthy
-    assert told.notes[0].startswith("Too little text to tell dead choices of 3.experts")
+    assert told.findings == []
+    assert told.summary == ["No illness was found, but the text is too short to call 3.experts healthy."]
+    assert told.notes[0].startswith("Too little text to tell dead choices of 3.experts and the balance of 3.experts")
+
+
+def test_the_load_of_few_tokens_is_uneven_by_chance_and_no_illness() -> None:
+    load = [0.3, *[0.7 / 63] * 63]
+    few = router_of(load=load, max_over_mean=19.2, max_violation=18.2, tokens=10)
+    assert verdict([few], []).findings == []
+    assert [one.kind for one in verdict([few.model_copy(update={"tokens": 20 * 64})], []).findings] == ["unbalanced"]
+    collapsed = router_of(load=[0.0, *[0.0] * 6, 1.0], max_over_mean=8, max_violation=7, tokens=159)
+    assert verdict([collapsed], []).findings == []
+    assert [one.kind for one in verdict([collapsed.model_copy(update={"tokens": 160})], []).findings] == ["collapsed"]
 
 
 def test_routers_that_choose_the_same_for_all_input_are_not_ill_of_it() -> None:
