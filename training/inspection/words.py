@@ -3,7 +3,7 @@
 Shape legend: V words, E choices.
 """
 
-from math import sqrt
+from math import pi, sqrt, tan
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -144,7 +144,8 @@ def rounded(value: float, digits: int = 5) -> float:
 def ratio_interval(changes: np.ndarray, sizes: np.ndarray) -> tuple[float, float, float]:
     """`sum(changes) / sum(sizes)` over sampled sequences, with its 95 % confidence interval.
 
-    The ratio estimator's variance (Cochran 1977, section 2.11): sequences are what was sampled, not their targets.
+    The ratio estimator's variance (Cochran 1977, section 2.11): sequences are what was sampled, not their targets. Of
+    few sequences it is itself uncertain, so ends are quantiles of Student's t with one degree of freedom less.
 
     Args:
         changes, sizes: `[B]`, of each sequence.
@@ -158,5 +159,22 @@ def ratio_interval(changes: np.ndarray, sizes: np.ndarray) -> tuple[float, float
         return float(ratio), float(ratio), float(ratio)
     residual = changes - ratio * sizes
     error = sqrt(n / (n - 1) * float((residual**2).sum())) / whole
-    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    return float(ratio), float(ratio - z * error), float(ratio + z * error)
+    t = student_quantile((1 + CONFIDENCE) / 2, n - 1)
+    return float(ratio), float(ratio - t * error), float(ratio + t * error)
+
+
+def student_quantile(probability: float, freedom: int) -> float:
+    """Quantile of Student's t by its expansion around the normal one's (Abramowitz and Stegun 1964, 26.7.5).
+
+    For 95 % intervals within 1 % of 2 degrees of freedom, within 0.2 % of more; of one it is Cauchy's.
+    """
+    if freedom == 1:
+        return tan(pi * (probability - 0.5))
+    z, v = NormalDist().inv_cdf(probability), float(freedom)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / v**power for power, term in enumerate(terms, start=1))

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.inspection.words import context, entropy, known_by, lifts, ratio_interval, rounded, typical_tokens
+from training.inspection.words import (
+    context,
+    entropy,
+    known_by,
+    lifts,
+    ratio_interval,
+    rounded,
+    student_quantile,
+    typical_tokens,
+)
 
 TEXTS = ["[CLS]", "cat", "dog", "rare", "never"]
 
@@ -88,16 +97,23 @@ def test_context_tells_how_far_a_word_decides() -> None:
 def test_an_interval_of_a_ratio() -> None:
     ratio, low, high = ratio_interval(np.array([1.0, 3.0]), np.array([10, 10]))
     # Mean 2 of 10 targets; residuals -1 and 1; standard error sqrt(2 / 1 * 2) / 20.
-    assert (ratio, low, high) == pytest.approx((0.2, 0.2 - 1.959964 * 0.1, 0.2 + 1.959964 * 0.1))
+    assert (ratio, low, high) == pytest.approx((0.2, 0.2 - 12.706205 * 0.1, 0.2 + 12.706205 * 0.1))
     assert ratio_interval(np.array([2.0]), np.array([4])) == (0.5, 0.5, 0.5)
     generator = np.random.default_rng(0)
-    held = 0
-    for _ in range(300):
-        sizes = generator.integers(5, 30, 40)
-        changes = 0.3 * sizes + generator.normal(0, 1, 40) * np.sqrt(sizes)
-        _, low, high = ratio_interval(changes, sizes)
-        held += low <= 0.3 <= high
-    assert 0.91 < held / 300 < 0.98
+    for sequences in (4, 8, 40):
+        held = 0
+        for _ in range(600):
+            sizes = generator.integers(15, 30, sequences)
+            changes = 0.3 * sizes + generator.normal(0, 1, sequences) * np.sqrt(sizes)
+            _, low, high = ratio_interval(changes, sizes)
+            held += low <= 0.3 <= high
+        assert 0.92 < held / 600 < 0.98
+
+
+def test_quantiles_of_students_t() -> None:
+    table = {1: 12.70620, 2: 4.30265, 3: 3.18245, 4: 2.77645, 7: 2.36462, 63: 1.99834}
+    for freedom, quantile in table.items():
+        assert student_quantile(0.975, freedom) == pytest.approx(quantile, rel=1e-2 if freedom == 2 else 2e-3)
 
 
 def test_rounding_keeps_significant_digits() -> None:
