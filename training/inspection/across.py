@@ -7,7 +7,7 @@ import numpy as np
 
 from training.inspection.figures import matrix
 from training.inspection.sample import Sampled
-from training.inspection.schema import Agreement, Drift, Flow, Paths, PointRouter, Way
+from training.inspection.schema import Agreement, Compare, Drift, Flow, Paths, PointRouter, Way
 from training.inspection.words import entropy, rounded
 
 TOP_PATHS = 20
@@ -78,6 +78,24 @@ def drift(before: PointRouter, after: PointRouter, then: np.ndarray, now: np.nda
     """How a router changed, from its loads and from what the same tokens `[N]` chose best."""
     apart = np.abs(np.array(before.load) - np.array(after.load)).sum() / 2
     return Drift(total_variation=rounded(min(apart, 1.0)), churn=rounded((then != now).mean()) if len(now) else 0.0)
+
+
+def drift_sentences(compare: Compare) -> list[str]:
+    """For each point but the first, how far routing is from that at the point before: mean, and the router furthest."""
+    told = []
+    for before, after in pairwise(compare.points):
+        drifts = after.drift or {}
+        churn = {name: drift.churn for name, drift in drifts.items()}
+        varied = {name: drift.total_variation for name, drift in drifts.items()}
+        if not churn:
+            continue
+        most, furthest = max(churn, key=churn.__getitem__), max(varied, key=varied.__getitem__)
+        told.append(
+            f"From {before.name} to {after.name}, {sum(churn.values()) / len(churn):.1%} of best choices are others "
+            f"(most at {most}: {churn[most]:.1%}), and loads differ by a total variation of at most "
+            f"{varied[furthest]:.3f} (at {furthest})."
+        )
+    return told
 
 
 def _kinds(routers: dict[str, int]) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from moe.files import write_file
 from routing.errors import UserError
+from training.inspection.across import drift_sentences
 from training.inspection.fail_if import failures, parse_condition
 from training.inspection.inspect import Request, inspect
 from training.inspection.schema import Stats
@@ -60,12 +61,15 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
 def _tell(stats: Stats, console: Console) -> None:
     data = stats.data
-    console.print(f"{data.tokens:,} tokens, {data.sequences:,} sequences, {data.documents:,} documents", markup=False)
-    colour = "green" if stats.verdict.healthy else "bold red"
+    counted = ((data.tokens, "token"), (data.sequences, "sequence"), (data.documents, "document"))
+    console.print(", ".join(f"{count:,} {what}{'' if count == 1 else 's'}" for count, what in counted), markup=False)
+    colour = "bold red" if not stats.verdict.healthy else "yellow" if stats.verdict.untold else "green"
     for n, sentence in enumerate(stats.verdict.summary):
         console.print(Text(sentence, style=colour if n == 0 else ""), soft_wrap=True)
     for note in stats.verdict.notes:
         console.print(Text(note, style="dim"), soft_wrap=True)
+    for sentence in drift_sentences(stats.compare) if stats.compare is not None else []:
+        console.print(Text(sentence), soft_wrap=True)
 
 
 def _refuse_unwritable(path: Path | None) -> None:

@@ -18,7 +18,7 @@ from training.inspection.across import agreement, drift, flows, paths
 from training.inspection.collect import Collected, collect
 from training.inspection.exits import exits_of
 from training.inspection.figures import balance_figures, router_figures
-from training.inspection.models import Opened, checkpoints, open_model, refuse_unrouted, same_tokenizer
+from training.inspection.models import Opened, checkpoints, open_model, refuse_unrouted, same_tokenizer, told_apart
 from training.inspection.sampled import look_closely
 from training.inspection.schema import VERSION, Ablation, Compare, Data, Model, Point, Stats
 from training.inspection.text import Document, Text, TextBatch, Words, describe_words, open_text, read_batches
@@ -188,6 +188,8 @@ def _compare(
         before = found
     if len(points) < 2:
         raise UserError(f"{request.compare} holds {opened.path} alone, so there is nothing to compare it with")
+    names = told_apart([point.name for point in points], [*paths_of, opened.path])
+    points = [point.model_copy(update={"name": name}) for point, name in zip(points, names, strict=True)]
     return Compare(tokens=len(collected.tokens.tokens().ids), points=points)
 
 

@@ -113,3 +113,23 @@ def _run_config(path: Path) -> dict[str, Any]:
 def same_tokenizer(one: Opened, other: Opened) -> bool:
     """Whether two models cut text alike."""
     return bool(json.loads(one.tokenizer.to_str()) == json.loads(other.tokenizer.to_str()))
+
+
+def told_apart(names: list[str], paths: list[Path]) -> list[str]:
+    """Names of models, no two the same: those that would be are told by as much of the end of their path as it takes.
+
+    Args:
+        names: of each.
+        paths: where each is; no two the same.
+    """
+    told = list(names)
+    for name in {name for name in names if names.count(name) > 1}:
+        same = [n for n, other in enumerate(names) if other == name]
+        parts = [paths[n].absolute().parts for n in same]
+        for length in range(1, max(map(len, parts)) + 1):
+            ends = [str(Path(*one[-length:])) for one in parts]
+            if len({*ends, *names}) == len(ends) + len(set(names)):
+                break
+        for n, end in zip(same, ends, strict=True):
+            told[n] = end
+    return told

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from tests.training.inspection.routings import entropy_of
-from training.inspection.across import agreement, drift, flows, paths
+from tests.training.inspection.test_schema import EXAMPLE
+from training.inspection.across import agreement, drift, drift_sentences, flows, paths
 from training.inspection.sample import Sampled
-from training.inspection.schema import PointRouter
+from training.inspection.schema import Compare, Drift, Point, PointRouter
 
 ROUTERS = {"0.heads": 3, "0.experts": 4, "1.experts": 4, "2.heads": 3, "2.experts": 4}
 TEXTS = [f"word {i}" for i in range(10)]
@@ -95,3 +96,16 @@ def test_drift_is_total_variation_and_churn() -> None:
     assert (found.total_variation, found.churn) == (pytest.approx(0.3), 0.5)
     same = drift(point([0.5, 0.5]), point([0.5, 0.5]), np.array([0, 1]), np.array([1, 0]))
     assert (same.total_variation, same.churn) == (0, 1)  # all tokens moved, and the load didn't show it
+
+
+def test_drift_in_a_sentence() -> None:
+    points = [Point.model_validate(one) for one in EXAMPLE["compare"]["points"][:2]]
+    names = list(points[1].routers)
+    drifts = {name: Drift(churn=0.1, total_variation=0.01) for name in names}
+    drifts |= {names[0]: Drift(churn=0.3, total_variation=0.02), names[1]: Drift(churn=0.2, total_variation=0.25)}
+    after = points[1].model_copy(update={"name": "after", "drift": drifts})
+    churn = (0.3 + 0.2 + 0.1 * (len(names) - 2)) / len(names)
+    assert drift_sentences(Compare(tokens=9, points=[points[0].model_copy(update={"name": "before"}), after])) == [
+        f"From before to after, {churn:.1%} of best choices are others (most at {names[0]}: 30.0%), and loads differ "
+        f"by a total variation of at most 0.250 (at {names[1]})."
+    ]

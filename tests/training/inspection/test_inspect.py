@@ -122,7 +122,7 @@ def test_neither_batches_nor_the_order_of_reading_change_a_figure(tmp_path: Path
 
 
 def test_two_models_are_compared_and_a_run_with_its_past(
-    finished: Path, text_file: Path, inspected: Inspect, tmp_path: Path
+    finished: Path, text_file: Path, inspected: Inspect, tmp_path: Path, capfd: Any
 ) -> None:
     words = (finished, "--data", text_file, "--document", "block", "--ablate", "0")
     past = inspected(*words, "--compare", finished)["compare"]
@@ -138,7 +138,13 @@ def test_two_models_are_compared_and_a_run_with_its_past(
     loads = [np.array(point["routers"]["1.experts"]["load"]) for point in pair["points"]]
     drift = pair["points"][1]["drift"]["1.experts"]
     assert drift["total_variation"] == pytest.approx(abs(loads[0] - loads[1]).sum() / 2, abs=1e-4)
-    alone = inspected(first, *words[1:])
+    told = capfd.readouterr().err
+    assert f"From step {steps[0]} to run, " in told
+    # The same step of another run is another point.
+    copied = shutil.copytree(first, tmp_path / "other" / "checkpoints" / first.name)
+    alone = inspected(first, *words[1:], "--compare", copied)
+    ends = [f"{run}/checkpoints/{first.name}" for run in ("other", "run")]
+    assert [point["name"] for point in alone["compare"]["points"]] == ends
     assert alone["model"]["step"] == steps[0]
     assert alone["routers"][1]["load"] == pytest.approx(loads[0])
 
@@ -178,7 +184,7 @@ def test_what_cannot_be_looked_at_is_told(tmp_path: Path, finished: Path, capfd:
     next(broken.glob("model-*.safetensors")).write_bytes(b"")
     for problem, *words in (
         ("has no router: no layer of it has experts", tmp_path / "dense", "--data", text),
-        ("hold no text to look at; give a file", model, "--data", tmp_path / "empty.txt"),
+        ("empty.txt: give a file with at least one document", model, "--data", tmp_path / "empty.txt"),
         ("no file matches", model, "--data", tmp_path / "absent.txt"),
         ("nowhere does not exist: give a model's folder", tmp_path / "nowhere", "--data", text),
         ("is neither: give a model's folder", tmp_path / "folder", "--data", text),
