@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 from moe.files import write_file
 
 PAGE = Path(__file__).with_name("page")
-SCRIPTS = ("dom.js", "plots.js", "overview.js", "router.js", "layers.js", "page.js")  # in this order
+SCRIPTS = ("dom.js", "plots.js", "overview.js", "router.js", "layers.js", "history.js", "page.js")  # in this order
 
 
 def write_report(stats: dict[str, Any], out: Path) -> None:
@@ -31,7 +31,7 @@ def write_report(stats: dict[str, Any], out: Path) -> None:
 def page_of(stats: dict[str, Any]) -> str:
     """The page's HTML. Text of the data comes in as JSON alone, and into the document as text, never as markup."""
     parts = {
-        "title": html.escape(f"Routing of {stats['model']['name']}"),
+        "title": html.escape(f"Routing of {_name(stats['model'])}"),
         "style": _read("page.css"),
         "verdict": _verdict(stats["verdict"]),
         "stats": _inert(json.dumps(stats, ensure_ascii=False, separators=(",", ":"), allow_nan=False)),
@@ -43,9 +43,15 @@ def page_of(stats: dict[str, Any]) -> str:
     return pieces[0] + "".join(parts[name] + rest for name, rest in (piece.split("}}", 1) for piece in pieces[1:]))
 
 
+def _name(model: dict[str, Any]) -> str:
+    """A checkpoint's name alone doesn't say of which run it is: `RUN/checkpoints/step-000250`."""
+    run = Path(model["path"]).parent.parent.name
+    return f"{run}, {model['name']}" if model["step"] is not None and run else str(model["name"])
+
+
 def _verdict(verdict: dict[str, Any]) -> str:
     """In the page itself, so that it can be read where no script runs."""
-    word = "healthy" if verdict["healthy"] else "ill"
+    word = "ill" if not verdict["healthy"] else "untold" if verdict.get("untold") else "healthy"
     sentences = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in verdict["summary"])
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in verdict["notes"])
     return f'<div class="verdict {word}">{sentences}</div>' + (f'<ul class="notes">{notes}</ul>' if notes else "")

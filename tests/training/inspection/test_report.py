@@ -20,45 +20,77 @@ EVIL = "</script><script>document.title='taken'</script><img src=x onerror=\"doc
 
 OF_DATA = {"token", "tokens", "path", "files", "groups", "sentence", "summary", "notes"}
 
+INK = "document.querySelector('#load .plot').layout.font.color"
+
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 Open = Callable[..., Any]
 
 
+class Reports:
+    """Opens reports; what any page complained of or fetched is kept."""
+
+    def __init__(self, browser: Any, folder: Path) -> None:
+        self.browser, self.file = browser, folder / "report.html"
+        self.complaints: list[str] = []
+
+    def open(self, stats: dict[str, Any], width: int = 1440, scheme: str = "light") -> Any:
+        write_report(stats, self.file)
+        page = self.browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.on("console", lambda message: self.complaints.append(message.text))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("request", lambda request: self._requested(request.url))
+        page.goto(self.file.as_uri())
+        page.wait_for_selector("html[data-ready]")
+        return page
+
+    def taken(self) -> list[str]:
+        """What was complained of since it was asked last."""
+        told, self.complaints = self.complaints, []
+        return told
+
+    def _requested(self, url: str) -> None:
+        if not url.startswith(("file:", "data:", "blob:")):
+            self.complaints.append(url)
+
+
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reports]:
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as driver:
         started = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        yield started
+        yield Reports(started, tmp_path_factory.mktemp("report"))
         started.close()
 
 
 @pytest.fixture
-def opened(browser: Any, tmp_path: Path) -> Iterator[Open]:
+def opened(reports: Reports) -> Iterator[Open]:
     """Open a report; afterwards nothing may have been complained of or fetched."""
-    pages, complaints = [], []
+    pages = []
 
-    def open_page(stats: dict[str, Any], width: int = 1440, scheme: str = "light") -> Any:
-        file = tmp_path / "report.html"
-        write_report(stats, file)
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on(
-            "request",
-            lambda request: (
-                None if request.url.startswith(("file:", "data:", "blob:")) else complaints.append(request.url)
-            ),
-        )
-        page.goto(file.as_uri())
-        page.wait_for_selector("html[data-ready]")
-        pages.append(page)
-        return page
+    def open_page(*given: Any) -> Any:
+        pages.append(reports.open(*given))
+        return pages[-1]
 
     yield open_page
     for page in pages:
         page.close()
-    assert complaints == []
+    assert reports.taken() == []
+
+
+@pytest.fixture(scope="module")
+def example(reports: Reports) -> Any:
+    """The example's page, which tests share: opening one costs more than all that is asked of it."""
+    return reports.open(json.loads(EXAMPLE.read_text(encoding="utf-8")))
+
+
+@pytest.fixture
+def page(example: Any, reports: Reports) -> Iterator[Any]:
+    """The example's page as it was opened, but for the router and the checkpoint that an earlier test chose."""
+    yield example
+    example.mouse.move(0, 0)
+    example.emulate_media(media="screen", color_scheme="light")
+    example.wait_for_function(f"{INK} == '#1b1f24'")
+    assert reports.taken() == []
 
 
 @pytest.fixture
@@ -76,84 +108,122 @@ def drawn(page: Any) -> list[bool]:
     )
 
 
+def is_whole(page: Any, width: int, scheme: str) -> bool:
+    assert len(drawn(page)) > 25
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(int(n) for n in paper[4:-1].split(",")) < 300) == (scheme == "dark")
+    return all(drawn(page)) and page.evaluate("document.documentElement.scrollWidth") <= width
+
+
 @needs_browser
-@pytest.mark.parametrize("width", [360, 1440])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1440, "light")])
 def test_every_plot_is_drawn_and_nothing_scrolls_sideways(
     opened: Open, stats: dict[str, Any], width: int, scheme: str
 ) -> None:
-    page = opened(stats, width, scheme)
-    assert len(drawn(page)) > 25
-    assert all(drawn(page))
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (sum(int(n) for n in paper[4:-1].split(",")) < 300) == (scheme == "dark")
+    page, other = opened(stats, width, scheme), "light" if scheme == "dark" else "dark"
+    assert is_whole(page, width, scheme)
+    before = page.evaluate(INK)
+    page.emulate_media(color_scheme=other)  # while it is open
+    page.wait_for_function(f"{INK} != '{before}'")
+    assert is_whole(page, width, other)
+    # What is most to be read is there without scrolling a table.
+    words = page.locator("#router-detail td.text").first.bounding_box()
+    assert words["x"] + words["width"] <= width
 
 
 @needs_browser
-def test_the_verdict_stands_first_and_needs_no_script(opened: Open, stats: dict[str, Any]) -> None:
-    page = opened(stats)
+def test_the_verdict_stands_first_and_needs_no_script(page: Any, stats: dict[str, Any]) -> None:
     assert page.locator("main section").first.get_attribute("id") == "verdict"
     for sentence in stats["verdict"]["summary"]:
         assert page.locator("#verdict .ill", has_text=sentence).count() == 1
     assert stats["verdict"]["summary"][0] in page_of(stats).split("<script")[0]
 
 
+def test_what_cannot_be_told_is_not_called_healthy(stats: dict[str, Any]) -> None:
+    for healthy, untold, word in (
+        (True, [], "healthy"),
+        (True, ["0.experts"], "untold"),
+        (False, ["0.experts"], "ill"),
+    ):
+        stats["verdict"] |= {"healthy": healthy, "untold": untold}
+        assert f'<div class="verdict {word}">' in page_of(stats)
+
+
+def test_a_checkpoint_is_named_with_its_run(stats: dict[str, Any]) -> None:
+    stats["model"] |= {"path": "runs/mine/checkpoints/step-000250", "name": "step 250", "step": 250}
+    assert "<title>Routing of mine, step 250</title>" in page_of(stats)
+    stats["model"] |= {"path": "runs/mine/model", "name": "mine", "step": None}
+    assert "<title>Routing of mine</title>" in page_of(stats)
+
+
 @needs_browser
-def test_pointing_at_a_token_tells_its_gates(opened: Open, stats: dict[str, Any]) -> None:
-    page = opened(stats)
+def test_the_router_that_is_ill_comes_first_and_another_can_be_chosen(page: Any, stats: dict[str, Any]) -> None:
+    assert page.locator("#router").input_value() == stats["verdict"]["findings"][0]["router"]
+    for chooser, name in (("#router", "0.heads"), ("#text-router", "0.experts")):  # by its figures, or by the text
+        page.locator(chooser).select_option(name)
+        page.wait_for_function(f"document.querySelector('#router-detail h3').textContent == '{name}'")
+        page.wait_for_function("document.querySelectorAll('#router-detail .main-svg').length > 20")
+        assert all(drawn(page))
+        assert [page.locator(one).input_value() for one in ("#router", "#text-router")] == [name, name]
+        router = next(one for one in stats["routers"] if one["name"] == name)
+        assert page.locator("#router-detail tbody").first.locator("tr").count() == router["choices"]
+        assert page.locator("#router-examples h3").text_content() == name
+
+
+@needs_browser
+def test_pointing_at_a_token_tells_its_gates(page: Any, stats: dict[str, Any]) -> None:
     name = page.locator("#router").input_value()
     page.locator(".token").first.hover()
-    choice, gate = (
-        stats["examples"][0]["routing"][name]["choices"][0][0],
-        stats["examples"][0]["routing"][name]["gates"][0][0],
-    )
-    assert f"choice {choice}: gate {gate:.3f}" in page.locator("#tooltip").text_content()
+    routing = stats["examples"][0]["routing"][name]
+    what = "head" if name.endswith("heads") else "expert"
+    told = f"{what} {routing['choices'][0][0]}: gate {routing['gates'][0][0]:.3f}"
+    assert told in page.locator("#tooltip").text_content()
     page.mouse.move(0, 0)
     assert page.locator("#tooltip").is_hidden()
 
 
 @needs_browser
-def test_pointing_at_a_plot_tells_its_figures(opened: Open, stats: dict[str, Any]) -> None:
-    page = opened(stats)
+def test_pointing_at_a_plot_tells_its_figures(page: Any) -> None:
     page.locator("#load .plot .nsewdrag").first.hover()
     assert page.locator("#load .hoverlayer .hovertext").first.text_content().startswith("router ")
 
 
 @needs_browser
-def test_another_router_can_be_chosen(opened: Open, stats: dict[str, Any]) -> None:
-    page = opened(stats)
-    assert page.locator("#router").input_value() == stats["verdict"]["findings"][0]["router"]  # what is ill comes first
-    page.locator("#router").select_option("0.heads")
-    page.wait_for_function("document.querySelector('#router-detail h3').textContent == '0.heads'")
-    page.wait_for_function("document.querySelectorAll('#router-detail .main-svg').length > 20")
-    assert all(drawn(page))
-    assert page.locator("#router-detail tbody").first.locator("tr").count() == stats["routers"][0]["choices"]
-
-
-@needs_browser
-def test_the_slider_goes_through_the_checkpoints(opened: Open, stats: dict[str, Any]) -> None:
-    page = opened(stats)
+def test_the_slider_goes_through_the_checkpoints(page: Any, stats: dict[str, Any]) -> None:
     slider, loads = page.locator("#checkpoint"), "document.querySelector('#history > figure .plot').data[0].z[0][0]"
     points = stats["compare"]["points"]
     router = next(iter(points[0]["routers"]))
     for index in (0, len(points) - 1):
         slider.fill(str(index))
         assert page.locator("#history output").text_content() == points[index]["name"]
+        caption = page.locator("#history > figure figcaption").text_content()
+        assert caption.startswith(f"Load of {points[index]['name']}, ")  # on paper there is no slider
         load = points[index]["routers"][router]["load"]
         assert page.evaluate(loads) == pytest.approx(load[0] * len(load))
 
 
 @needs_browser
-def test_light_turns_to_dark_while_the_page_is_open(opened: Open, stats: dict[str, Any]) -> None:
-    page = opened(stats)
-    ink = "document.querySelector('#load .plot').layout.font.color"
-    before = page.evaluate(ink)
+def test_paper_is_white_and_holds_whole_tables(page: Any) -> None:
     page.emulate_media(color_scheme="dark")
-    page.wait_for_function(f"{ink} != '{before}'")
-    page.emulate_media(media="print")
-    page.wait_for_function(f"{ink} == '{before}'")  # paper is white
+    page.wait_for_function(f"{INK} != '#1b1f24'")
+    page.emulate_media(media="print", color_scheme="dark")
+    page.wait_for_function(f"{INK} == '#1b1f24'")
+    colours = "(({color, backgroundColor}) => [color, backgroundColor])(getComputedStyle(document.body))"
+    assert page.evaluate(colours) == ["rgb(27, 31, 36)", "rgb(255, 255, 255)"]
     assert all(drawn(page))
+    edges = "[...document.querySelectorAll('table')].map((one) => one.getBoundingClientRect().right)"
+    page.evaluate("document.body.style.width = '45rem', document.body.style.margin = 0")
+    assert max(page.evaluate(edges)) <= 720
+    page.evaluate("document.body.removeAttribute('style')")
+
+
+@needs_browser
+def test_what_choices_earn_is_summed_up(page: Any, stats: dict[str, Any]) -> None:
+    told = page.locator("#earnings p").nth(1).text_content()
+    for kind in ("heads", "experts"):
+        all_of = [one for layer in stats["ablation"]["switched"] if layer["routes"] == kind for one in layer["choices"]]
+        earning = sum(one["low"] > 0 for one in all_of)
+        assert f"Of {len(all_of)} {kind}, {earning} earn something" in told
 
 
 @needs_browser
@@ -182,11 +252,19 @@ def test_what_was_not_looked_at_is_left_out(opened: Open, stats: dict[str, Any])
     for router in stats["routers"]:
         router |= {"similarity": {"weight": None, "output": None}, "context": None, "together": None}
         router |= {"known_by_token": None, "known_by_position": None, "takes": {}}
-    stats |= {"ablation": None, "exits": None, "compare": None, "heads": [], "examples": [], "flows": [], "paths": []}
+    stats |= {"ablation": None, "exits": None, "heads": [], "examples": [], "flows": [], "paths": []}
+    stats["compare"]["points"] = stats["compare"]["points"][-2:]
     Stats.model_validate(stats)
     page = opened(stats)
-    assert page.locator("#exits, #history, #heads, #earnings").count() == 0
+    assert page.locator("#exits, #heads, #earnings").count() == 0
     assert all(drawn(page))
+    # Two models make a table, not lines of two points.
+    assert page.locator("#history .plot").count() == 1
+    before, after = (point["routers"]["0.experts"]["max_over_mean"] for point in stats["compare"]["points"])
+    churn = stats["compare"]["points"][1]["drift"]["0.experts"]["churn"]
+    row = page.locator("#history tr", has_text="0.experts").text_content()
+    assert f"{before:.2f} → {after:.2f}" in row
+    assert f"{100 * churn:.1f} %" in row
 
 
 def large(layers: int = 12, experts: int = 64, seed: int = 0) -> dict[str, Any]:
@@ -247,9 +325,9 @@ def large(layers: int = 12, experts: int = 64, seed: int = 0) -> dict[str, Any]:
 
 
 @needs_browser
-def test_many_layers_and_experts_fit(opened: Open, tmp_path: Path) -> None:
+def test_many_layers_and_experts_fit(opened: Open, reports: Reports) -> None:
     page = opened(large(), 360)
-    assert (tmp_path / "report.html").stat().st_size < 6e6
+    assert reports.file.stat().st_size < 6e6
     assert all(drawn(page))
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 

@@ -11,7 +11,7 @@ function element(name, attributes = {}, ...children) {
     else if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
     else if (value !== false) made.setAttribute(key, value);
   }
-  made.append(...children.filter((child) => child !== null && child !== undefined));
+  made.append(...children.filter((child) => child !== null && child !== undefined && child !== false));
   return made;
 }
 
@@ -57,6 +57,8 @@ const number = (value, digits = 2) => (value === null ? "–" : value.toFixed(di
 const count = (value) => value.toLocaleString("en-US");
 const sum = (values) => values.reduce((total, value) => total + value, 0);
 const range = (length) => Array.from({ length }, (_, index) => index);
+// What a router's choices are called, one of them.
+const nameOf = (routes) => ({ experts: "expert", heads: "head", splits: "split" })[routes] || "choice";
 const routings = () => [...new Set(stats.routers.map((router) => router.routes))];
 
 // A choice's colour: hues a golden angle apart, so that neighbours differ; the number beside it says it as well.

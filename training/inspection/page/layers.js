@@ -1,5 +1,5 @@
 "use strict";
-// Across layers: paths, agreement, heads, exits, what a choice earns; and checkpoints beside each other.
+// Across layers: paths, agreement, heads, exits, what a choice earns.
 
 const NAMED = 8; // choices of a layer that the flow shows by themselves; the others are one
 
@@ -27,8 +27,8 @@ function flowPicture(routes) {
       }),
     );
   const links = [...between].filter(([, part]) => part >= 0.002).map(([key, part]) => [...key.split(" ").map(Number), part]);
-  return plot(
-    `From one layer's best choice to the next's: ${routes}. A band is tokens; below 0.2 % it isn't drawn.`,
+  const picture = plot(
+    `From one layer's best choice to the next's: ${routes}, as layer: ${nameOf(routes)}. A band is tokens; below 0.2 % it isn't drawn.`,
     420,
     ({ line }) => ({
       traces: [
@@ -48,6 +48,9 @@ function flowPicture(routes) {
       ],
     }),
   );
+  picture.lastChild.classList.add("flow");
+  picture.lastChild.style.minWidth = `${5 * (flows.length + 1)}rem`; // many layers are moved under one's eyes
+  return element("div", { class: "wide", tabindex: 0 }, picture);
 }
 
 function pathTable({ routes, tokens, distinct, top }) {
@@ -100,14 +103,16 @@ function heads() {
     const [values, texts] = grid(field, text);
     return heatMap(caption, values, { rows: layers, columns: range(widest), across: "head", down: "layer", scale: rising, least: 0, most, unit, text: texts });
   };
+  const routed = stats.heads.some(({ router }) => router !== null);
+  const which = routed ? "Heads that are always on stand first." : "No router chooses among them: all are always on.";
   section(
     "heads",
     "Heads",
-    element("p", { class: "quiet" }, `On a sample of ${stats.heads[0].sequences} sequences. Heads that are always on stand first.`),
+    element("p", { class: "quiet" }, `On a sample of ${stats.heads[0].sequences} sequences. ${which}`),
     element(
       "div",
       { class: "grid" },
-      map("How often a head is chosen.", "chosen", "share", 1, (share) => percent(share)),
+      routed && map("How often a head is chosen.", "chosen", "share", 1, (share) => percent(share)),
       map("How far it looks: tokens between query and key, mean.", "distance", "tokens", undefined, (far) => far.toFixed(1)),
       map("How widely: entropy of its attention over the maximum.", "entropy", "entropy", 1, (share) => share.toFixed(2)),
     ),
@@ -132,6 +137,26 @@ function exits() {
   );
 }
 
+// What the intervals say, by kind: whose lower end is above zero earns something.
+function earned(switched) {
+  const kinds = [...new Set(switched.map(({ routes }) => routes))];
+  return kinds
+    .map((kind) => {
+      const all = switched.filter(({ routes }) => routes === kind).flatMap(({ layer, choices }) => choices.map((told) => ({ layer, ...told })));
+      const named = (some) => some.slice(0, 6).map(({ layer, choice }) => `${layer}: ${choice}`).join(", ") + (some.length > 6 ? " and others" : "");
+      const harmful = all.filter(({ high }) => high < 0).sort((first, second) => first.change - second.change);
+      const nothing = all.filter(({ low, high }) => low === 0 && high === 0);
+      const earning = all.filter(({ low }) => low > 0);
+      return (
+        `Of ${all.length} ${kind}, ${earning.length} earn something` +
+        (harmful.length ? `, ${harmful.length} cost something (layer: ${nameOf(kind)} ${named(harmful)})` : "") +
+        (nothing.length ? `, ${nothing.length} change nothing (${named(nothing)})` : "") +
+        `; of ${all.length - earning.length - harmful.length - nothing.length} this sample can't tell.`
+      );
+    })
+    .join(" ");
+}
+
 function earnings() {
   if (!stats.ablation) return;
   const { sequences, targets, loss, confidence, switched } = stats.ablation;
@@ -144,6 +169,7 @@ function earnings() {
       `Change of the loss, ${number(loss, 3)} nats per target, when a choice adds nothing; above zero it earns something. ` +
         `${count(targets)} targets in ${count(sequences)} sequences; bars are ${percent(confidence, 0)} intervals.`,
     ),
+    sequences > 1 ? element("p", {}, earned(switched)) : null,
     element(
       "div",
       { class: "grid" },
@@ -160,61 +186,9 @@ function earnings() {
               hovertemplate: "%{x}: %{y:.4f} nats<extra></extra>",
             },
           ],
-          layout: { xaxis: { title: { text: "choice" }, type: "category" }, yaxis: { title: { text: "nats" }, zeroline: true } },
+          layout: { xaxis: { title: { text: nameOf(routes) }, type: "category" }, yaxis: { title: { text: "nats" }, zeroline: true } },
         })),
       ),
     ),
-  );
-}
-
-function comparison() {
-  if (!stats.compare) return;
-  const { points, tokens } = stats.compare;
-  const names = points.map(({ name }) => name);
-  const routers = Object.keys(points[0].routers).filter((name) => points.every((point) => name in point.routers));
-  const figure = (caption, field, upward) =>
-    lines(caption, names, routers.map((name) => ({ name, values: points.map((point) => point.routers[name][field]) })), { across: "", upward });
-  const drift = (caption, field) =>
-    lines(caption, names.slice(1), routers.map((name) => ({ name, values: points.slice(1).map((point) => (point.drift && name in point.drift ? point.drift[name][field] : null)) })), { across: "", upward: "share" });
-  let shown = points.length - 1;
-  const label = element("output", { for: "checkpoint" }, names[shown]);
-  const widest = Math.max(...routers.map((name) => points[0].routers[name].load.length));
-  const relative = () => routers.map((name) => points[shown].routers[name].load.map((share, _, { length }) => share * length));
-  const picture = plot("Load at the chosen checkpoint, over the fair share.", Math.max(200, 110 + 22 * routers.length), (colours) => ({
-    traces: [
-      { type: "heatmap", z: relative().map((row) => [...row, ...Array(widest - row.length).fill(null)]), x: range(widest).map(String), y: routers, zmin: 0, zmax: 3, colorscale: [[0, colours.low], [1 / 3, colours.middle], [1, colours.high]], colorbar: { thickness: 10, outlinewidth: 0 }, hovertemplate: "router %{y}, choice %{x}: %{z:.2f}<extra></extra>" },
-    ],
-    layout: { xaxis: { type: "category", title: { text: "choice" }, showgrid: false }, yaxis: { type: "category", autorange: "reversed", showgrid: false } },
-  }));
-  const slider = element("input", {
-    type: "range",
-    id: "checkpoint",
-    min: 0,
-    max: points.length - 1,
-    value: shown,
-    oninput: () => {
-      shown = Number(slider.value);
-      label.textContent = names[shown];
-      drawn.get(picture.lastChild)();
-    },
-  });
-  const row = control("Checkpoint", slider);
-  row.append(label);
-  section(
-    "history",
-    "Checkpoints beside each other",
-    element("p", { class: "quiet" }, `The same ${count(tokens)} tokens in all. Churn: tokens whose best choice is another than at the point before. Total variation: half the sum of the loads' differences.`),
-    element(
-      "div",
-      { class: "grid" },
-      figure("Max over mean of the load.", "max_over_mean", "max / mean"),
-      figure("Entropy of a token's probabilities.", "entropy", "nats"),
-      figure("Confidence.", "confidence", "probability"),
-      figure("Dead choices.", "dead", "choices"),
-      drift("Churn since the point before.", "churn"),
-      drift("Total variation of the load since the point before.", "total_variation"),
-    ),
-    row,
-    picture,
   );
 }

@@ -21,12 +21,12 @@ function loads() {
       {
         rows: routers.map((router) => router.name),
         columns: range(widest),
-        across: "choice",
+        across: nameOf(routes),
         down: "router",
         scale: ({ low, middle, high }) => [[0, low], [1 / 3, middle], [1, high]],
         least: 0,
         most: 3,
-        unit: "load / fair share",
+        unit: "× fair",
         text: routers.map((router) => fill(router.load.map((share) => percent(share)), "–")),
       },
     );

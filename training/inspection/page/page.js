@@ -22,7 +22,8 @@ async function main() {
   exits();
   earnings();
   await drawAll();
-  const redraw = () => Promise.all([...recoloured.map((build) => build()), drawAll()]);
+  let last = Promise.resolve(); // one after the other: two changes may come at once
+  const redraw = () => (last = last.then(() => Promise.all([...recoloured.map((build) => build()), drawAll()])));
   for (const query of ["(prefers-color-scheme: dark)", "print"]) matchMedia(query).addEventListener("change", redraw);
   document.documentElement.dataset.ready = "yes";
 }

@@ -71,7 +71,7 @@ function heatMap(caption, values, { rows, columns, across, down, scale, least, m
         colorscale: scale(colours),
         hovertemplate: `${down} %{y}, ${across} %{x}: %{customdata}<extra></extra>`,
         customdata: text || values.map((row) => row.map((value) => (value === null ? "–" : value.toFixed(3)))),
-        colorbar: { thickness: 10, title: { text: unit, side: "right" }, tickfont: { size: 10 }, outlinewidth: 0 },
+        colorbar: { thickness: 10, title: { text: unit, side: "top", font: { size: 10 } }, tickfont: { size: 10 }, outlinewidth: 0 },
         xgap: columns.length > 32 ? 0 : 1,
         ygap: rows.length > 32 ? 0 : 1,
       },

@@ -17,7 +17,7 @@ function takes(router, grouping, { groups, tokens, share }) {
     {
       rows: groups,
       columns: range(router.choices),
-      across: "choice",
+      across: nameOf(router.routes),
       down: "",
       scale: diverging,
       least: 0,
@@ -28,10 +28,10 @@ function takes(router, grouping, { groups, tokens, share }) {
   );
 }
 
-function square(caption, values, unit, least) {
+function square(routes, caption, values, unit, least) {
   const choices = range(values.length);
   const scale = least < 0 ? diverging : rising;
-  return heatMap(caption, values, { rows: choices, columns: choices, across: "choice", down: "choice", scale, least, most: 1, unit });
+  return heatMap(caption, values, { rows: choices, columns: choices, across: nameOf(routes), down: nameOf(routes), scale, least, most: 1, unit });
 }
 
 function histogram(caption, { counts }) {
@@ -56,22 +56,22 @@ function typical(router) {
       : element("span", { class: "quiet" }, "nothing more often than everything else");
   const rows = router.typical.map((tokens, choice) => [
     element("span", { class: "chip", style: `background:${shade(choice)}` }, String(choice)),
+    { text: chips(tokens), words: true }, // beside the number, so that a phone shows them
     percent(router.load[choice]),
     percent(router.first[choice]),
     percent(router.probability[choice]),
     number(router.gate[choice]),
-    { text: chips(tokens), words: true },
   ]);
   return element(
     "div",
     {},
     element("h3", {}, "Typical tokens"),
     element("p", { class: "quiet" }, "By how much more often a choice takes them than it takes tokens in general; only what a sample of this size can tell."),
-    table(["choice", "load", "best choice of", "probability", "gate", "typical tokens"], rows),
+    table([nameOf(router.routes), "typical tokens", "load", "best choice of", "probability", "gate"], rows),
   );
 }
 
-function inContext({ context }) {
+function inContext({ context, routes }) {
   if (context === null) return element("p", { class: "quiet" }, "No token is frequent enough to tell whether context changes its choices.");
   const rows = context.words.map(({ token, count: times, agreement, choices }) => [
     element("span", { class: "chip" }, token),
@@ -89,27 +89,28 @@ function inContext({ context }) {
       `A token goes to its own usual choices ${percent(context.agreement, 0)} of the time; ${percent(context.chance, 0)} ` +
         "would be chance, 100 % a router that looks at nothing else.",
     ),
-    table(["token", "occurrences", "to its usual", "choices"], rows),
+    table(["token", "occurrences", "to its usual", `${nameOf(routes)}: share`], rows),
   );
 }
 
 function detail(router) {
+  const { routes } = router;
   const plots = [
     bars(
-      "Load of each choice, tokens whose best choice it is, and its mean probability.",
+      `Load of each ${nameOf(routes)}, tokens whose best choice it is, and its mean probability.`,
       range(router.choices),
       [
         { name: "load", values: router.load },
         { name: "best", values: router.first },
         { name: "probability", values: router.probability },
       ],
-      { across: "choice", upward: "share" },
+      { across: nameOf(routes), upward: "share" },
     ),
     histogram("Confidence: a token's highest probability.", router.confidence_histogram),
     histogram("Margin: highest less second highest probability.", router.margin_histogram),
-    router.similarity.weight && square("Similarity of weights (cosine).", router.similarity.weight, "cosine", -1),
-    router.similarity.output && square("Similarity of outputs on the same tokens (cosine).", router.similarity.output, "cosine", -1),
-    router.together && square("Taken together: share of tokens that take both; on the diagonal, that take it.", router.together, "share", 0),
+    router.similarity.weight && square(routes, "Similarity of weights (cosine).", router.similarity.weight, "cosine", -1),
+    router.similarity.output && square(routes, "Similarity of outputs on the same tokens (cosine).", router.similarity.output, "cosine", -1),
+    router.together && square(routes, "Taken together: share of tokens that take both; on the diagonal, that take it.", router.together, "share", 0),
     ...Object.entries(router.takes).map(([grouping, groups]) => takes(router, grouping, groups)),
   ];
   return [element("div", { class: "grid" }, ...plots.filter(Boolean)), typical(router), inContext(router)];
@@ -121,7 +122,7 @@ function sampleText(example, name) {
     const best = choices[place][0];
     const told = () =>
       choices[place]
-        .map((choice, rank) => (choice < 0 ? null : `choice ${choice}: gate ${gates[place][rank].toFixed(3)}${kept[place][rank] ? "" : ", dropped"}`))
+        .map((choice, rank) => (choice < 0 ? null : `${nameOf(byName[name].routes)} ${choice}: gate ${gates[place][rank].toFixed(3)}${kept[place][rank] ? "" : ", dropped"}`))
         .filter(Boolean)
         .join("\n") || "no choice";
     const colours = `background:${shade(best)}`;
@@ -131,25 +132,29 @@ function sampleText(example, name) {
   return element("p", { class: "text-sample" }, ...words.flat());
 }
 
+// The router that is chosen, in the section of its figures or by the text, is shown in both.
 function oneRouter() {
   if (!stats.routers.length) return;
   const place = element("div", { id: "router-detail" });
   const texts = element("div", { id: "router-examples" });
   const show = (name) => {
+    for (const select of choosers) select.value = name;
     place.replaceChildren(element("h3", {}, name), ...detail(byName[name]));
-    texts.replaceChildren(...stats.examples.filter((example) => name in example.routing).map((example) => sampleText(example, name)));
+    const seen = stats.examples.filter((example) => name in example.routing);
+    texts.replaceChildren(element("h3", {}, name), ...seen.map((example) => sampleText(example, name)));
     return drawAll();
   };
-  const select = chooser("router", Object.keys(byName), show);
+  const choosers = ["router", "text-router"].map((id) => chooser(id, Object.keys(byName), show));
+  const [select, byText] = choosers;
   recoloured.push(() => show(select.value));
   section("router-section", "One router", control("Router", select), place);
   section(
     "examples",
     "Text, coloured by choice",
-    element("p", { class: "quiet" }, "The chosen router's best choice for each token is its colour and its number; point at a token for its gates."),
+    element("p", { class: "quiet" }, "The router's best choice for each token is its colour and its number; point at a token for its gates."),
+    control("Router", byText),
     texts,
   );
   const worst = stats.verdict.findings.find((finding) => finding.router in byName);
-  select.value = worst ? worst.router : stats.routers[stats.routers.length - 1].name;
-  show(select.value);
+  show(worst ? worst.router : stats.routers[stats.routers.length - 1].name);
 }
