@@ -89,6 +89,9 @@ def drift_sentences(compare: Compare) -> list[str]:
         varied = {name: drift.total_variation for name, drift in drifts.items()}
         if not churn:
             continue
+        if not any((*churn.values(), *varied.values())):
+            told.append(f"From {before.name} to {after.name}, no best choice and no load changes.")
+            continue
         most, furthest = max(churn, key=churn.__getitem__), max(varied, key=varied.__getitem__)
         told.append(
             f"From {before.name} to {after.name}, {sum(churn.values()) / len(churn):.1%} of best choices are others "

@@ -1,6 +1,7 @@
 """What `moe inspect` is pointed at: a model's folder, a run's, or a training checkpoint."""
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,20 +117,20 @@ def same_tokenizer(one: Opened, other: Opened) -> bool:
 
 
 def told_apart(names: list[str], paths: list[Path]) -> list[str]:
-    """Names of models, no two the same: those that would be are told by as much of the end of their path as it takes.
+    """Names of models, no two the same: those that would be have a folder named as well, "run, step 500".
 
     Args:
         names: of each.
-        paths: where each is; no two the same.
+        paths: where each is; no two the same. Where no one folder tells them apart, the end of the path does.
     """
     told = list(names)
     for name in {name for name in names if names.count(name) > 1}:
         same = [n for n, other in enumerate(names) if other == name]
         parts = [paths[n].absolute().parts for n in same]
-        for length in range(1, max(map(len, parts)) + 1):
-            ends = [str(Path(*one[-length:])) for one in parts]
-            if len({*ends, *names}) == len(ends) + len(set(names)):
-                break
-        for n, end in zip(same, ends, strict=True):
-            told[n] = end
+        shared, longest = range(1, min(map(len, parts))), range(1, max(map(len, parts)) + 1)
+        by_folder = ([f"{one[-back]}, {name}" for one in parts] for back in shared)
+        by_end = ([str(Path(*one[-length:])) for one in parts] for length in longest)
+        apart = next(new for new in chain(by_folder, by_end) if len({*new, *names}) == len(new) + len(set(names)))
+        for n, new in zip(same, apart, strict=True):
+            told[n] = new
     return told

@@ -26,14 +26,14 @@ def verdict(routers: list[Router], notes: list[str]) -> Verdict:
     if few:
         too_few = [router for router in few if not _enough(router, SOME)]
         what = [("dead choices of", few)] + ([("the balance of", too_few)] if too_few else [])
-        of_what = " and ".join(f"{of} {_names(them)}" for of, them in what)
+        of_what = " and ".join(f"{of} {_names(them, routers)}" for of, them in what)
         limits = f"{ENOUGH} tokens" + (f" ({SOME} for the balance)" if too_few else "")
         notes = [f"Too little text to tell {of_what}: each choice's fair share would be below {limits}.", *notes]
     if findings:
         summary = [f"Not healthy: {len(ill)} of {len(routers)} routers {'is' if len(ill) == 1 else 'are'} ill."]
         summary += [finding.sentence for finding in findings]
     elif few:
-        summary = [f"No illness was found, but the text is too short to call {_names(few)} healthy."]
+        summary = [f"No illness was found, but the text is too short to call {_names(few, routers)} healthy."]
     else:
         summary = [f"Healthy: {_worst(routers)}"]
     untold = [router.name for router in few]
@@ -179,8 +179,9 @@ def _where(router: Router) -> str:
     return f"Layer {router.layer}" + ("" if router.routes == "experts" else f" ({router.routes})")
 
 
-def _names(routers: list[Router]) -> str:
-    return _listed([router.name for router in routers])
+def _names(some: list[Router], routers: list[Router]) -> str:
+    every = len(some) == len(routers) > 1
+    return "any router" if every else _listed([router.name for router in some])
 
 
 def _listed(names: list[str], most: int = 8) -> str:

@@ -109,3 +109,8 @@ def test_drift_in_a_sentence() -> None:
         f"From before to after, {churn:.1%} of best choices are others (most at {names[0]}: 30.0%), and loads differ "
         f"by a total variation of at most 0.250 (at {names[1]})."
     ]
+    still = dict.fromkeys(names, Drift(churn=0, total_variation=0))
+    same = points[1].model_copy(update={"name": "same", "drift": still})
+    assert drift_sentences(Compare(tokens=9, points=[points[0].model_copy(update={"name": "before"}), same])) == [
+        "From before to same, no best choice and no load changes."
+    ]

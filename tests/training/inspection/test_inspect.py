@@ -143,8 +143,8 @@ def test_two_models_are_compared_and_a_run_with_its_past(
     # The same step of another run is another point.
     copied = shutil.copytree(first, tmp_path / "other" / "checkpoints" / first.name)
     alone = inspected(first, *words[1:], "--compare", copied)
-    ends = [f"{run}/checkpoints/{first.name}" for run in ("other", "run")]
-    assert [point["name"] for point in alone["compare"]["points"]] == ends
+    names = [f"{run}, step {steps[0]}" for run in ("other", "run")]
+    assert [point["name"] for point in alone["compare"]["points"]] == names
     assert alone["model"]["step"] == steps[0]
     assert alone["routers"][1]["load"] == pytest.approx(loads[0])
 

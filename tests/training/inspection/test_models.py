@@ -8,15 +8,17 @@ from hypothesis import strategies as st
 from training.inspection.models import told_apart
 
 
-def test_models_of_one_name_are_told_by_the_end_of_their_path() -> None:
+def test_models_of_one_name_are_told_with_a_folder() -> None:
     paths = [Path("a/checkpoints/step-5"), Path("b/checkpoints/step-5"), Path("b/checkpoints/step-6"), Path("b/model")]
     assert told_apart(["step 5", "step 5", "step 6", "b"], paths) == [
-        "a/checkpoints/step-5",
-        "b/checkpoints/step-5",
+        "a, step 5",
+        "b, step 5",
         "step 6",
         "b",
     ]
-    assert told_apart(["model", "model"], [Path("/x/model"), Path("/y/model")]) == ["x/model", "y/model"]
+    assert told_apart(["model", "model"], [Path("/x/model"), Path("/y/model")]) == ["x, model", "y, model"]
+    three = [Path("/a/a/model"), Path("/a/b/model"), Path("/b/a/model")]  # no one folder tells all apart
+    assert told_apart(["model"] * 3, three) == ["a/a/model", "a/b/model", "b/a/model"]
     assert told_apart(["one", "other"], [Path("/x/one"), Path("/x/other")]) == ["one", "other"]
 
 
@@ -27,4 +29,5 @@ folders = st.lists(st.sampled_from("ab"), min_size=1, max_size=4).map(lambda par
 def test_no_two_have_the_same_name(paths: list[Path]) -> None:
     told = told_apart([path.name for path in paths], paths)
     assert len(set(told)) == len(paths)
-    assert all(str(path).endswith(name) for path, name in zip(paths, told, strict=True))
+    names = [path.name for path in paths]
+    assert all(new == old for new, old in zip(told, names, strict=True) if names.count(old) == 1)

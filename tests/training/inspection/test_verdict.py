@@ -78,6 +78,9 @@ def test_of_little_text_nothing_is_called_dead() -> None:
     assert told.findings == []
     assert told.summary == ["No illness was found, but the text is too short to call 3.experts healthy."]
     assert told.notes[0].startswith("Too little text to tell dead choices of 3.experts and the balance of 3.experts")
+    both = verdict([few, few.model_copy(update={"name": "4.experts"})], [])
+    assert both.summary == ["No illness was found, but the text is too short to call any router healthy."]
+    assert both.untold == ["3.experts", "4.experts"]
 
 
 def test_the_load_of_few_tokens_is_uneven_by_chance_and_no_illness() -> None:

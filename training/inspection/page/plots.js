@@ -104,6 +104,9 @@ function bars(caption, groups, series, { across, upward, format = ".3f", stacked
   }));
 }
 
+// A long name's end, which is where names of checkpoints differ.
+const brief = (text) => (text.length > 16 ? `…${text.slice(-15)}` : text);
+
 // series: [{name, values}] over `points`.
 function lines(caption, points, series, { across, upward, height = 240, mark = null }) {
   return plot(caption, height, ({ ink }) => ({
@@ -117,7 +120,7 @@ function lines(caption, points, series, { across, upward, height = 240, mark = n
     })),
     layout: {
       showlegend: series.length > 1 && series.length <= 8,
-      xaxis: { title: { text: across }, type: "category" },
+      xaxis: { title: { text: across }, type: "category", ...(points.some((point) => brief(point) !== point) && { tickvals: range(points.length), ticktext: points.map((point) => plain(brief(point))) }) },
       yaxis: { title: { text: upward }, rangemode: "tozero" },
       shapes: mark === null ? [] : [{ type: "line", x0: mark(), x1: mark(), y0: 0, y1: 1, yref: "paper", line: { color: ink, dash: "dot" } }],
     },
