@@ -5,6 +5,8 @@ from moe.attention.pruning import prune_heads
 from moe.batch import PackedBatch, pack, pack_lengths, select, unpack
 from moe.config import EncoderConfig
 from moe.encoder import Encoder, EncoderOutput
+from moe.experts.pruning import prune_experts
+from moe.experts.usage import ExpertUsage, watch_experts
 from moe.heads import MaskedLM, MaskedLMOutput
 from moe.pretrained import from_pretrained, save_pretrained, task_from_pretrained
 from moe.published.load import Published, from_published
@@ -15,6 +17,7 @@ __all__ = [
     "Encoder",
     "EncoderConfig",
     "EncoderOutput",
+    "ExpertUsage",
     "MaskedLM",
     "MaskedLMOutput",
     "PackedBatch",
@@ -28,6 +31,7 @@ __all__ = [
     "from_published",
     "pack",
     "pack_lengths",
+    "prune_experts",
     "prune_heads",
     "routed_heads_from_softmax",
     "save_pretrained",
@@ -35,5 +39,6 @@ __all__ = [
     "task_from_pretrained",
     "unpack",
     "upcycle",
+    "watch_experts",
     "with_task",
 ]
