@@ -8,6 +8,7 @@ from moe.encoder import Encoder, EncoderOutput
 from moe.experts.pruning import prune_experts
 from moe.experts.usage import ExpertUsage, watch_experts
 from moe.heads import MaskedLM, MaskedLMOutput
+from moe.lora import LoraConfig, add_lora, load_adapter, merge_lora, save_adapter
 from moe.pretrained import from_pretrained, save_pretrained, task_from_pretrained
 from moe.published.load import Published, from_published
 from moe.tasks.model import TaskModel, TaskOutput, with_task
@@ -18,6 +19,7 @@ __all__ = [
     "EncoderConfig",
     "EncoderOutput",
     "ExpertUsage",
+    "LoraConfig",
     "MaskedLM",
     "MaskedLMOutput",
     "PackedBatch",
@@ -26,14 +28,18 @@ __all__ = [
     "TaskOutput",
     "UpcycleConfig",
     "UpcycleHeadsConfig",
+    "add_lora",
     "difference",
     "from_pretrained",
     "from_published",
+    "load_adapter",
+    "merge_lora",
     "pack",
     "pack_lengths",
     "prune_experts",
     "prune_heads",
     "routed_heads_from_softmax",
+    "save_adapter",
     "save_pretrained",
     "select",
     "task_from_pretrained",
