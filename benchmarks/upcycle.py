@@ -53,6 +53,7 @@ def run_of(model: EncoderConfig, tokenizer: Path, data: Path, lr: float) -> RunC
         "data.tokenizer": {"kind": "file", "path": str(tokenizer)},
         "data.max_length": longest,
         "optimizer.lr": lr,
+        "train.evaluation_tokens": 16_384,  # of the held-out text, many times
     }
     return load_run_config(HERE / "quality_base.yaml", [f"{path}={dumps(value)}" for path, value in overrides.items()])
 

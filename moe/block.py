@@ -61,12 +61,20 @@ class EncoderBlock(nn.Module):
         return BlockOutput(y, {self.depth.routes: stats, **routing})
 
     def _process(self, x: Tensor, batch: PackedBatch, tokens: Tokens) -> BlockOutput:
-        routing: dict[str, RoutingStats] = {}
+        x, routing = self.attend(x, batch, tokens)
+        x, routed = self.feed(x, tokens)
+        return BlockOutput(x, {**routing, **routed})
+
+    def attend(self, x: Tensor, batch: PackedBatch, tokens: Tokens) -> BlockOutput:
+        """The first half: attention, `[T, D]` -> `[T, D]`."""
         mixed, stats = self.attention(self.attention_norm(x) if self.norm_first else x, batch, tokens)
-        if stats is not None:
-            routing[self.attention_routes] = stats
         x = x + self.dropout(mixed)
-        x = x if self.norm_first else self.attention_norm(x)
+        routing = {} if stats is None else {self.attention_routes: stats}
+        return BlockOutput(x if self.norm_first else self.attention_norm(x), routing)
+
+    def feed(self, x: Tensor, tokens: Tokens) -> BlockOutput:
+        """The second half: feed-forward, `[T, D]` -> `[T, D]`, for whichever tokens it is given."""
+        routing: dict[str, RoutingStats] = {}
         seen = self.feed_forward_norm(x) if self.norm_first else x
         if isinstance(self.feed_forward, MoEFeedForward):
             fed, routing[self.feed_forward.routes] = self.feed_forward(seen, tokens)

@@ -1,4 +1,4 @@
-"""A model as a folder: config.json, model.safetensors and tokenizer.json. Nothing loaded can run code."""
+"""A model as a folder: config.json, model.safetensors and a tokenizer's files. Nothing loaded can run code."""
 
 import json
 import os
@@ -16,11 +16,22 @@ from moe.files import whole_folder
 from moe.heads import MaskedLM
 from moe.tasks.config import TaskConfig
 from moe.tasks.model import TaskModel
+from moe.tokenizer_config import TOKENIZER_CONFIG, tokenizer_config
 from routing.errors import UserError
 
 MODEL_TYPE = "routed-encoder"
 FORMAT = 1
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+# The class of moe.huggingface that reads a folder with such a task; None: a masked language model.
+ARCHITECTURES = {
+    None: "RoutedEncoderForMaskedLM",
+    "classification": "RoutedEncoderForSequenceClassification",
+    "multi_label": "RoutedEncoderForSequenceClassification",
+    "regression": "RoutedEncoderForSequenceClassification",
+    "token_classification": "RoutedEncoderForTokenClassification",
+    "question_answering": "RoutedEncoderForQuestionAnswering",
+    "embedding": "RoutedEncoderModel",
+}
 
 
 def save_pretrained(
@@ -40,20 +51,29 @@ def save_pretrained(
     Raises:
         UserError: if the folder can't be written.
     """
+    with whole_folder(Path(folder)) as staging:
+        write_model(model, staging, tokenizer, tensors)
+
+
+def write_model(
+    model: MaskedLM | TaskModel, folder: Path, tokenizer: str | None = None, tensors: dict[str, Tensor] | None = None
+) -> None:
+    """The files of `save_pretrained`, into a folder that is there."""
+    task = model.task if isinstance(model, TaskModel) else None
     config = {
         "model_type": MODEL_TYPE,
         "format": FORMAT,
-        "architectures": [type(model).__name__],
+        "architectures": [ARCHITECTURES[task.kind if task else None]],
         "encoder": model.config.model_dump(mode="json"),
+        "task": task.model_dump(mode="json") if task else None,
     }
-    if isinstance(model, TaskModel):
-        config["task"] = model.task.model_dump(mode="json")
     state = model.state_dict() if tensors is None else tensors
-    with whole_folder(Path(folder)) as staging:
-        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_tensors({name: t.detach().cpu().contiguous() for name, t in state.items()}, staging / WEIGHTS)
-        if tokenizer is not None:
-            (staging / TOKENIZER).write_text(tokenizer, encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_tensors({name: t.detach().cpu().contiguous() for name, t in state.items()}, folder / WEIGHTS)
+    if tokenizer is not None:
+        (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
+        beside = tokenizer_config(tokenizer, model.config.positions.max_length if model.config.positions else None)
+        (folder / TOKENIZER_CONFIG).write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
 
 
 def from_pretrained(folder: str | Path) -> MaskedLM:
@@ -156,19 +176,28 @@ def _read_config(path: Path) -> tuple[EncoderConfig, TaskConfig | None]:
         ) from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+    return parse_config(config, str(path))
+
+
+def parse_config(config: Any, source: str) -> tuple[EncoderConfig, TaskConfig | None]:
+    """What the content of a `config.json` describes; keys that others add to it are left alone.
+
+    Raises:
+        UserError: if it isn't of this type and format, or invalid, naming `source`.
+    """
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
         given = config.get("model_type") if isinstance(config, dict) else config
-        raise UserError(f"{path} describes a model of type {given!r}; expected {MODEL_TYPE!r}")
+        raise UserError(f"{source} describes a model of type {given!r}; expected {MODEL_TYPE!r}")
     if config.get("format") != FORMAT:
-        raise UserError(f"{path} has format {config.get('format')!r}; this version reads format {FORMAT}")
+        raise UserError(f"{source} has format {config.get('format')!r}; this version reads format {FORMAT}")
     try:
         encoder = EncoderConfig.model_validate(config.get("encoder"))
     except ValidationError as error:
-        raise UserError(f"{path} holds an invalid encoder config: {error}") from error
-    if "task" not in config:
+        raise UserError(f"{source} holds an invalid encoder config: {error}") from error
+    if config.get("task") is None:
         return encoder, None
     try:
         task: TaskConfig = TypeAdapter(TaskConfig).validate_python(config["task"])
     except ValidationError as error:
-        raise UserError(f"{path} holds an invalid task: {error}") from error
+        raise UserError(f"{source} holds an invalid task: {error}") from error
     return encoder, task

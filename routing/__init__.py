@@ -30,6 +30,7 @@ from routing.losses import (
     totals_of,
     z_loss,
 )
+from routing.recorder import Recorded, RoutingRecorder
 from routing.router import (
     ExpertChoice,
     Hash,
@@ -60,10 +61,12 @@ __all__ = [
     "LearnedConfig",
     "Measured",
     "MeasuredConfig",
+    "Recorded",
     "Router",
     "RouterConfig",
     "Routing",
     "RoutingLossConfig",
+    "RoutingRecorder",
     "RoutingReport",
     "RoutingStats",
     "RoutingTotals",

@@ -27,7 +27,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     Returns:
         `[T, k]` int64.
     """
-    if k <= _ROUNDS:
+    if k <= _ROUNDS or torch.compiler.is_exporting():  # graph formats have no operator for a float's bits
         remaining = scores if k == 1 else scores.clone()
         rounds = []
         for i in range(k):

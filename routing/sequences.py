@@ -9,7 +9,9 @@ from routing.types import Routing
 def sequence_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """The sequence that each token belongs to, `[T]` int64. The token count is passed so as not to wait for it."""
     lengths = cu_seqlens.diff().long()
-    return torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths, output_size=tokens)
+    return torch.repeat_interleave(
+        torch.arange(lengths.shape[0], device=cu_seqlens.device), lengths, output_size=tokens
+    )
 
 
 def sequence_sums(x: Tensor, cu_seqlens: Tensor) -> Tensor:

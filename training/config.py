@@ -12,6 +12,7 @@ from moe.attention.linformer import LinformerConfig
 from moe.config import EncoderConfig, ExpertsConfig
 from routing.config import Config
 from routing.errors import UserError
+from training.alarms import AlarmConfig, TellAlarm
 from training.data.config import DataConfig
 from training.data.stream import StreamCorpus
 from training.exit_objective import ExitObjectiveConfig, JointConfig
@@ -103,6 +104,7 @@ class CheckpointConfig(Config):
 
 class LogConfig(Config):
     every: int = Field(default=10, ge=1)  # steps between points in TensorBoard and lines on a plain console
+    alarm: AlarmConfig | None = TellAlarm()  # when a router stays collapsed; null: none
 
 
 # Of the DeepSpeed config, what the run's own sections decide.

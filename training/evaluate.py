@@ -1,6 +1,6 @@
 """Held-out loss and routing: deterministic, and with dropless routers the same for any number of ranks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ import torch
 
 from routing import RoutingStats
 from training.engine import Ranks, max_over_ranks
+from training.inspection.live import Seen
 from training.objective import BatchT, Objective, OutputT
 from training.step import NonFiniteLoss, reduce_over_ranks, sum_routing
 
@@ -15,6 +16,7 @@ from training.step import NonFiniteLoss, reduce_over_ranks, sum_routing
 class Evaluation(NamedTuple):
     loss: float  # nats per target token, or whatever the objective's unit is
     routing: dict[str, RoutingStats]
+    seen: Mapping[str, Seen] = {}  # by router, on the main rank, where somebody looked
 
 
 @torch.no_grad()

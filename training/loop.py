@@ -129,16 +129,11 @@ def train(
         return run.optimizer.lr * learning_rate_factor(run.optimizer.schedule, step, max_steps)
 
     with stop_signals() as request:
-        for done in steps(
-            engine,
-            stream,
-            objective,
-            ranks,
-            rate,
-            range(state.step, max_steps),
-            log,
-            lambda: request.asked or checkpoints.failed,  # a full disk isn't trained on for
-        ):
+
+        def asked() -> bool:  # a full disk isn't trained on for
+            return request.asked or checkpoints.failed or (log is not None and log.alarms.stop)
+
+        for done in steps(engine, stream, objective, ranks, rate, range(state.step, max_steps), log, asked):
             loss = done.result.parts["masked_lm"]
             state = state._replace(
                 step=done.step,

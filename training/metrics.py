@@ -19,8 +19,11 @@ from moe.heads import MaskedLM
 from moe.tasks.model import TaskModel
 from routing import Learned, Measured, RoutingReport, RoutingStats, TakeBest, add_stats, report
 from routing.errors import UserError
+from training.alarms import Alarms
 from training.evaluate import Evaluation
 from training.step import StepResult
+
+MOST_CURVES = 16  # of one router's choices; the loads of more are one histogram
 
 
 class RunLog:
@@ -29,7 +32,7 @@ class RunLog:
     Loads are reported of the last step and of the window since the last report: experts that take turns
     look balanced over a window. `by_design` names the routers whose load isn't to be balanced, because they choose
     the same for all input or a fixed share of it: of them neither balance nor dead choices are told. `loss` is the part
-    of the loss that the console shows.
+    of the loss that the console shows. `alarms` watches every step.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class RunLog:
         console: Console,
         by_design: Collection[str] = (),
         loss: str = "masked_lm",
+        alarms: Alarms | None = None,
     ) -> None:
         try:
             self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
@@ -51,6 +55,7 @@ class RunLog:
         self._console = console
         self._by_design = by_design
         self._loss = loss
+        self.alarms = alarms or Alarms(None)
         self._window: list[StepResult] = []
         self._seconds: list[float] = []  # of the window's steps
         self._lr = 0.0
@@ -85,6 +90,8 @@ class RunLog:
         self._window.append(result)
         self._seconds.append(seconds)
         self._progress.update(self._task, completed=step, description=self._line())
+        for sentence in self.alarms.step(result.routing):
+            self._console.print(f"step {step}: {sentence}", style="bold red", markup=False, highlight=False)
         if step % self._every == 0:
             if not self._console.is_terminal:
                 self._console.print(f"step {step}: {self._line()}")
@@ -102,6 +109,10 @@ class RunLog:
             reports = {name: report(stats) for name, stats in evaluation.routing.items()}
             for name, figures in reports.items():
                 self._write_report("routing_held_out", name, figures, step)
+            for name, seen in evaluation.seen.items():
+                for figure, value in seen.scalars.items():
+                    self._writer.add_scalar(f"routing_held_out/{name}/{figure}", value, step)
+                self._writer.add_text(f"routing_held_out/{name}/tokens", seen.table, step)
             if reports:
                 self._writer.add_image("routing_held_out/load", load_image(reports), step, dataformats="HWC")
         told = "".join(f"  {name} {value:.4f}" for name, value in scores.items())
@@ -143,9 +154,14 @@ class RunLog:
 
     def _write_report(self, view: str, name: str, figures: RoutingReport, step: int) -> None:
         scalars = {"entropy": figures.entropy, "dropped_fraction": figures.dropped_fraction}
+        load = np.array(figures.load)
         if name not in self._by_design:
             scalars |= {"max_over_mean": figures.max_over_mean, "dead": figures.dead}
-        scalars |= {f"load/{choice:03d}": share for choice, share in enumerate(figures.load)}
+            scalars |= {"coefficient_of_variation": float(load.std() * len(load)), "load_entropy": _entropy(load)}
+        if len(load) <= MOST_CURVES:
+            scalars |= {f"load/{choice:03d}": share for choice, share in enumerate(figures.load)}
+        else:
+            self._writer.add_histogram(f"{view}/{name}/load_over_mean", load * len(load), step)
         for figure, value in scalars.items():
             self._writer.add_scalar(f"{view}/{name}/{figure}", value, step)
 
@@ -160,6 +176,12 @@ def routed_by_design(model: MaskedLM | TaskModel) -> set[str]:
 def worst_balance(routing: Mapping[str, RoutingStats], by_design: Collection[str] = ()) -> float | None:
     """The highest max/mean of the routers, without those whose load is by design; None if none is left."""
     return max((report(stats).max_over_mean for name, stats in routing.items() if name not in by_design), default=None)
+
+
+def _entropy(load: np.ndarray) -> float:
+    """Of the load over choices, in nats: log E if balanced."""
+    there = load[load > 0]
+    return float(-(there * np.log(there)).sum())
 
 
 def load_image(reports: Mapping[str, RoutingReport]) -> np.ndarray:

@@ -18,6 +18,7 @@ from moe.pretrained import TOKENIZER, load_weights, save_pretrained
 from routing import report
 from routing.config import Config
 from routing.errors import UserError
+from training.alarms import Alarms
 from training.checkpoint import Checkpoints
 from training.checkpoint_files import TrainState, some
 from training.config import LOCAL, RunConfig, differences
@@ -36,6 +37,7 @@ from training.engine import (
     together,
 )
 from training.evaluate import Evaluation, evaluate
+from training.inspection.live import HeldOutLook
 from training.loop import train
 from training.metrics import RunLog, routed_by_design, routing_table, worst_balance
 from training.objective import MaskedLMObjective
@@ -84,6 +86,9 @@ def assemble(
     engine = build_engine(model, run, stream.accumulation, ranks)
     torch.manual_seed(run.seed + 1 + ranks.rank)  # dropout differs between ranks
 
+    looks = ranks.is_main and model.encoder.routers()
+    look = HeldOutLook(model, data.tokenizer, run.model.vocab_size, run.data.max_length) if looks else None
+
     def evaluate_held_out() -> Evaluation:
         batches = held_out_batches(
             data.held_out,
@@ -94,7 +99,9 @@ def assemble(
             world=ranks.world,
             max_tokens=run.train.evaluation_tokens,
         )
-        return evaluate(engine, batches, MaskedLMObjective(run.model.depth, run.objective), ranks)
+        with look or nullcontext():
+            found = evaluate(engine, batches, MaskedLMObjective(run.model.depth, run.objective), ranks)
+        return found._replace(seen=look.seen()) if look else found
 
     return Assembled(engine, stream, evaluate_held_out)
 
@@ -161,7 +168,15 @@ def pretrain(run: RunConfig) -> Summary | None:
         )
         log, by_design = None, routed_by_design(engine.module)
         if ranks.is_main:
-            log = RunLog(folder / "tensorboard", run.log.every, state.step, run.train.max_steps, console, by_design)
+            log = RunLog(
+                folder / "tensorboard",
+                run.log.every,
+                state.step,
+                run.train.max_steps,
+                console,
+                by_design,
+                alarms=Alarms(run.log.alarm, by_design),
+            )
         tokenizer = data.tokenizer.to_str(pretty=True)
         if log and not state.step:
             log.evaluation(0, before)

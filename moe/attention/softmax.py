@@ -56,5 +56,5 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, x: Tensor, batch: PackedBatch, tokens: Tokens) -> tuple[Tensor, RoutingStats | None]:
         """`[T, D]` -> `[T, D]`, and no statistics: every head is always on."""
-        q, k, v = self.qkv(x).view(len(x), 3, self.heads, self.channels).unbind(1)
+        q, k, v = self.qkv(x).view(x.shape[0], 3, self.heads, self.channels).unbind(1)
         return self.output(self.core(q, k, v, batch).flatten(1)), None

@@ -92,8 +92,8 @@ def part_of(here: Remainder, kept: Sequence[int]) -> Remainder:
         place = torch.empty_like(here.ids).index_copy(0, tokens, torch.arange(len(tokens), device=tokens.device))
         targets = place[targets[theirs]]
     return Remainder(
-        x=here.x[tokens],
-        ids=here.ids[tokens],
+        x=here.x.index_select(0, tokens),  # several times faster than indexing
+        ids=here.ids.index_select(0, tokens),
         batch=batch,
         sequences=here.sequences[stay],
         rows=here.rows[theirs],

@@ -27,10 +27,10 @@ def pool(x: Tensor, batch: PackedBatch, pooling: Pooling) -> Tensor:
     if pooling == "first":
         padded = F.pad(x, (0, 0, 0, 1))  # an empty sequence at the end starts behind the last token
         return padded[starts] * (lengths > 0)[:, None]
-    if len(lengths) == 1 and len(x) > 0:  # in one operation, which counts where an exit is asked about one sequence
+    if lengths.shape[0] == 1 and x.shape[0] > 0:  # in one operation, which counts where an exit is asked about one
         return x.float().mean(0, keepdim=True).to(x.dtype)
-    rows = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths, output_size=len(x))
-    sums = torch.zeros(len(lengths), x.shape[1], dtype=torch.float32, device=x.device).index_add(0, rows, x.float())
+    rows = torch.repeat_interleave(torch.arange(lengths.shape[0], device=x.device), lengths, output_size=x.shape[0])
+    sums = torch.zeros(lengths.shape[0], x.shape[1], dtype=torch.float32, device=x.device).index_add(0, rows, x.float())
     return (sums / lengths.clamp(min=1)[:, None]).to(x.dtype)
 
 

@@ -62,7 +62,8 @@ def test_round_trip_gives_the_same_bits(model: MaskedLM, folder: Path) -> None:
 
 
 def test_the_folder_holds_data_only(folder: Path) -> None:
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(p.name for p in folder.iterdir()) == names
     assert (folder / "tokenizer.json").read_text(encoding="utf-8") == '{"a": "ü"}'
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "routed-encoder"

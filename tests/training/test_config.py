@@ -9,7 +9,8 @@ import yaml
 
 from routing.errors import UserError
 from tests.training.conftest import ROOT
-from training.config import RunConfig, StableSchedule, differences, load_run_config
+from training.config import RunConfig, StableSchedule, differences, load_config, load_run_config
+from training.finetune.config import FinetuneConfig
 
 MINIMAL = """\
 run_dir: runs/a
@@ -208,7 +209,8 @@ def test_every_mistake_has_its_line(load: Callable[..., RunConfig]) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_configs_that_come_along_are_valid(path: Path) -> None:
-    assert load_run_config(path, []).run_dir
+    kind = FinetuneConfig if path.name.startswith("finetune-") else RunConfig
+    assert load_config(path, [], kind).run_dir
 
 
 def test_overrides_reach_any_depth(load: Callable[..., RunConfig]) -> None:

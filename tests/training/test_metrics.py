@@ -12,7 +12,9 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from routing import RoutingReport, RoutingStats
+from training.alarms import Alarms, TellAlarm
 from training.evaluate import Evaluation
+from training.inspection.live import Seen
 from training.metrics import RunLog, load_image, routing_table, worst_balance
 from training.step import StepResult
 
@@ -185,3 +187,52 @@ def test_routing_table_says_it_in_words(console: Console) -> None:
         ["0.experts", "3.00", "0.50 of 1.39", "25.0%", "2", "75 25 0 0"],
         ["1.experts", "1.00", "0.50 of 3.47", "0.0%", "0", "min 3.12, max 3.12"],
     ]
+
+
+def test_many_choices_have_a_histogram_instead_of_curves(tmp_path: Path, console: Console) -> None:
+    few, many = stats([1] * 16), stats([3, *[1] * 16])
+    step = result(1.0, [1])._replace(routing={"0.experts": few, "1.experts": many})
+    with RunLog(tmp_path, every=1, first_step=0, max_steps=9, console=console) as log:
+        log.step(1, step, lr=1.0, seconds=2.0)
+    curves = scalars(tmp_path)
+    assert sum("routing_step/0.experts/load/" in tag for tag in curves) == 16
+    assert not any("1.experts/load/" in tag for tag in curves)
+    assert curves["routing_step/1.experts/max_over_mean"][0][1] == pytest.approx(3 / 19 * 17)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    views = ["routing_step/1.experts/load_over_mean", "routing_window/1.experts/load_over_mean"]
+    assert events.Tags()["histograms"] == views
+    histogram = events.Histograms(views[0])[0].histogram_value
+    assert (histogram.num, histogram.max) == (17, pytest.approx(3 / 19 * 17))
+
+
+def test_load_has_its_spread_and_its_entropy(tmp_path: Path, console: Console) -> None:
+    with RunLog(tmp_path, every=1, first_step=0, max_steps=9, console=console) as log:
+        log.step(1, result(1.0, [6, 2, 0, 0]), lr=1.0, seconds=2.0)
+    curves = scalars(tmp_path)
+    load = np.array([0.75, 0.25, 0, 0])
+    assert curves["routing_step/0.experts/coefficient_of_variation"][0][1] == pytest.approx(load.std() / load.mean())
+    assert curves["routing_step/0.experts/load_entropy"][0][1] == pytest.approx(
+        -0.75 * np.log(0.75) - 0.25 * np.log(0.25)
+    )
+
+
+def test_alarms_are_told_on_the_console(tmp_path: Path, console: Console) -> None:
+    alarms = Alarms(TellAlarm(max_over_mean=1.5, steps=2))
+    with RunLog(tmp_path, every=10, first_step=0, max_steps=9, console=console, alarms=alarms) as log:
+        for step in range(1, 4):
+            log.step(step, result(1.0, [8, 0, 0, 0]), lr=1.0, seconds=2.0)
+    assert [line for line in printed(console).splitlines() if "max/mean >" in line] == [
+        "step 2: layer 0 has had max/mean > 1.5 for 2 steps (now 4.00)"
+    ]
+
+
+def test_what_was_seen_of_held_out_text_is_written(tmp_path: Path, console: Console) -> None:
+    evaluation = Evaluation(2.5, {"0.experts": stats([3, 1])}, {"0.experts": Seen({"confidence": 0.75}, "| a | b |")})
+    with RunLog(tmp_path, every=1, first_step=0, max_steps=9, console=console) as log:
+        log.evaluation(7, evaluation)
+    assert scalars(tmp_path)["routing_held_out/0.experts/confidence"] == [(7, 0.75)]
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    (text,) = events.Tensors("routing_held_out/0.experts/tokens/text_summary")
+    assert text.tensor_proto.string_val == [b"| a | b |"]

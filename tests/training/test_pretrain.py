@@ -158,6 +158,8 @@ def test_curves_tell_losses_speed_and_routing(reference: Path) -> None:
     events.Reload()
     scalars = set(events.Tags()["scalars"])
     figures = ["max_over_mean", "entropy", "dropped_fraction", "dead", *(f"load/{e:03d}" for e in range(4))]
+    figures += ["coefficient_of_variation", "load_entropy"]
+    held_out = ["confidence", "margin", "known_by_token"]  # positions: there are too few sequences to tell
     assert scalars == {
         "loss/total",
         "loss/masked_lm",
@@ -171,9 +173,13 @@ def test_curves_tell_losses_speed_and_routing(reference: Path) -> None:
             f"{view}/{layer}.experts/{figure}"
             for view in ("routing_step", "routing_window", "routing_held_out")
             for layer in (0, 1)
-            for figure in figures
+            for figure in [*figures, *(held_out if view == "routing_held_out" else [])]
         ),
     }
+    texts = [f"routing_held_out/{layer}.experts/tokens/text_summary" for layer in (0, 1)]
+    assert [tag for tag in events.Tags()["tensors"] if "tokens" in tag] == texts
+    (table,) = events.Tensors(texts[0])[-1].tensor_proto.string_val
+    assert table.decode().startswith("| choice | load | whole word | ")
     assert events.Tags()["images"] == ["routing_held_out/load"]
     rates = {event.step: event.value for event in events.Scalars("optimizer/learning_rate")}
     assert rates == pytest.approx({2: 0.01, 4: 0.01, 6: 0.01, 8: 0.01 * 5 / 6, 10: 0.005, 12: 0.01 / 6})

@@ -1,17 +1,16 @@
 """How far routing has moved from the checkpoint that a fine-tuning started from."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from rich import box
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe.batch import to_device
 from moe.encoder import Encoder
-from routing import Routing
+from routing import Recorded, Routing, RoutingRecorder
 from training.tasks.batches import TaskBatch
 
 
@@ -62,11 +61,12 @@ def _shares(loads: Tensor) -> Tensor:
 def _chosen(encoder: Encoder, batch: TaskBatch) -> dict[str, Tensor]:
     """By router `[T, E]` bool, which choices each token has: none in a block that it skips."""
     device = next(encoder.parameters()).device
-    with _heard(encoder.eval().routers()) as routings:
+    heard: list[dict[str, Recorded]] = []
+    with RoutingRecorder(encoder.eval(), each=heard.append):
         encoder(
             batch.input_ids.to(device), batch=to_device(batch.batch, device), segment_ids=batch.segment_ids.to(device)
         )
-    sets = {name: _as_sets(routing) for name, routing in routings.items()}
+    sets = {name: _as_sets(recorded.routing) for name, recorded in heard[0].items()}
     for name, marks in sets.items():
         depth = f"{name.split('.')[0]}.depth"
         if depth in sets and name != depth:
@@ -81,19 +81,3 @@ def _as_sets(routing: Routing) -> Tensor:
     last = torch.where(kept, routing.choices, choices)  # nobody's column, which is cut off
     marks = torch.zeros(tokens, choices + 1, dtype=torch.bool, device=last.device)
     return marks.scatter(1, last, True)[:, :choices]
-
-
-@contextmanager
-def _heard(routers: Mapping[str, nn.Module]) -> Iterator[dict[str, Routing]]:
-    """What each router says in a forward pass."""
-    said: dict[str, Routing] = {}
-
-    def hear(name: str) -> Any:
-        return lambda module, arguments, routing: said.__setitem__(name, routing)
-
-    handles = [router.register_forward_hook(hear(name)) for name, router in routers.items()]
-    try:
-        yield said
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -25,9 +25,11 @@ from tests.moe.exits.models import (
     Alone,
     apart_from,
     criterion_config,
+    encoder_config,
     leaves_at,
     left_padded,
     masked_lm,
+    opinionated,
     run_alone,
     sequences_of,
     task_config,
@@ -339,9 +341,18 @@ def test_what_is_not_a_number_goes_on() -> None:
 
 
 def test_segments_go_with_their_sequences() -> None:
-    """An encoder that reads segments says the same packed, padded and alone."""
-    if "segments" not in EncoderConfig.model_fields:
-        pytest.skip("no encoder reads segments")
+    config = EncoderConfig.model_validate({**encoder_config().model_dump(), "segments": 2})
+    model, sequences = opinionated(TaskModel(config, task_config("classification"))), sequences_of([4, 0, 3, 6])
+    ids, batch, criterion = (
+        torch.cat(sequences),
+        pack_lengths([4, 0, 3, 6]),
+        criterion_config("margin", (inf, 0.0, inf)),
+    )
+    segments = torch.tensor([0, 0, 1, 1, 0, 1, 1, 0, 0, 0, 1, 1, 1])
+    output = early_exit(model, ids, batch=batch, segment_ids=segments, criterion=criterion)
+    whole = model(ids, batch=batch, segment_ids=segments)
+    assert_close(output.logits[[0, 2, 3]], whole.exits[1][[0, 2, 3]])
+    assert not torch.allclose(output.logits[0], model(ids, batch=batch).exits[1][0])
 
 
 def test_refusals() -> None:

@@ -12,7 +12,6 @@ from moe import task_from_pretrained
 from tests.training.conftest import contents, write_yaml
 from tests.training.finetune.synthetic import MAKERS, run_data, save_base, write_rows
 from training.cli import main
-from training.config import load_config
 from training.finetune.config import FinetuneConfig
 from training.finetune.finetune import finetune
 from training.predictor import load_predictor
@@ -191,10 +190,3 @@ def test_other_examples_are_not_mixed_with_finished_seeds(
     write_rows(Path(data["data"]["train"]["files"][0]), "classification", 50, seed=9)
     assert main(["finetune", str(write_yaml(tmp_path / "run.yaml", data | {"seeds": [0, 1]}))]) == 2
     assert "seed 0 is finished, and learned from 96 training sequences" in capsys.readouterr().err
-
-
-def test_the_example_config_is_valid() -> None:
-    from tests.training.conftest import ROOT
-
-    run = load_config(ROOT / "configs" / "finetune-pos.yaml", [], FinetuneConfig)
-    assert run.data.task.kind == "token_classification"

@@ -1,0 +1,1 @@
+"""Models for others to run: ONNX graphs, folders for the Hub, model cards."""

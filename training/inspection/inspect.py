@@ -1,0 +1,232 @@
+"""A model and a text -> what stats.json holds."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from moe.heads import MaskedLM
+from moe.tasks.model import TaskModel
+from routing.errors import UserError
+from training.inspection.ablation import ablate, switchable
+from training.inspection.across import agreement, drift, flows, paths
+from training.inspection.collect import Collected, collect
+from training.inspection.exits import exits_of
+from training.inspection.figures import balance_figures, router_figures
+from training.inspection.models import Opened, checkpoints, open_model, refuse_unrouted, same_tokenizer
+from training.inspection.sampled import look_closely
+from training.inspection.schema import VERSION, Ablation, Compare, Data, Model, Point, Stats
+from training.inspection.text import Document, Text, TextBatch, Words, describe_words, open_text, read_batches
+from training.inspection.verdict import verdict
+
+MOST_SWITCHED = 512  # choices that ablation switches off, over all layers
+FEWEST_ABLATED = 8  # sequences
+
+
+Tell = Callable[[str, int, int | None], None]  # (what is done, how much of it, of how much)
+
+
+class Request(NamedTuple):
+    """What to look at, and how."""
+
+    model: Path
+    data: list[str]
+    document: Document = "line"
+    compare: Path | None = None
+    max_tokens: int | None = None
+    max_length: int | None = None  # default: as the model was trained
+    batch_tokens: int = 4096
+    ablate: int | None = None  # sequences; 0: none; default: what a fifth of the reading's time allows, 8 to 64
+    device: str | None = None  # default: a GPU if there is one
+
+
+def inspect(request: Request, console: Console) -> Stats:
+    """Stream the text through the model, and tell what its routers do.
+
+    Raises:
+        UserError: for a model without a router, a path that holds no model, text that holds none, or two models whose
+            tokenizers differ.
+    """
+    opened = _open(request.model, request)
+    others = _points(request)  # wrong paths are told before anything takes long
+    text = open_text(
+        request.data, request.document, opened.tokenizer, request.max_length or opened.max_length, request.max_tokens
+    )
+    words = describe_words(opened.tokenizer, opened.model.config.vocab_size)
+    with _progress(console) as tell:
+        collected = _collect(opened, text, words, request, tell)
+        stats = stats_of(opened, text, words, collected, request, tell)
+        if others:
+            stats = stats.model_copy(
+                update={"compare": _compare(opened, others, text, words, collected, request, tell)}
+            )
+    return stats
+
+
+def stats_of(opened: Opened, text: Text, words: Words, collected: Collected, request: Request, tell: Tell) -> Stats:
+    model, encoder, config = opened.model, opened.model.encoder, opened.model.config
+    sequences = collected.sequences.sequences()
+    close = look_closely(encoder, sequences, collected.counts, words)
+    figures = [
+        router_figures(name, router, collected.counts[name], collected.places, close.similarity[name], words)
+        for name, router in encoder.routers().items()
+    ]
+    sizes = {name: counts.choices for name, counts in collected.counts.items()}
+    sample = collected.tokens.tokens()
+    earned: Ablation | None = None
+    notes = []
+    wanted = affordable(model, sequences, collected.read["tokens"]) if request.ablate is None else request.ablate
+    if isinstance(model, MaskedLM) and wanted:
+        chosen = sequences[:wanted]
+        earned = ablate(
+            model,
+            chosen,
+            opened.masking,
+            words.vocabulary,
+            MOST_SWITCHED,
+            lambda done, of: tell("switching off", done, of),
+        )
+        notes.append(f"What choices earn was estimated on {len(chosen)} sequences, {earned.targets:,} targets.")
+    elif wanted:
+        notes.append("A model for a task has no masked-LM loss, so what choices earn wasn't estimated.")
+    if len(sample.ids) < collected.read["tokens"]:
+        notes.append(f"Flows, paths and agreement are those of {len(sample.ids):,} tokens, drawn at random.")
+    return Stats(
+        schema_version=VERSION,
+        model=Model(
+            path=str(opened.path),
+            name=opened.name,
+            step=opened.step,
+            width=config.width,
+            depth=config.depth,
+            vocab_size=config.vocab_size,
+            parameters=config.num_params(),
+            active_parameters=config.num_active_params(),
+        ),
+        data=Data(files=text.files, **collected.read, max_length=text.max_length),
+        verdict=verdict(figures, notes),
+        routers=figures,
+        flows=flows(sizes, sample),
+        paths=paths(sizes, sample, words.texts),
+        agreement=agreement(sizes, sample),
+        heads=close.heads,
+        examples=close.examples,
+        ablation=earned,
+        exits=exits_of(model, sequences, opened.masking, words.vocabulary),
+    )
+
+
+def affordable(model: MaskedLM | TaskModel, sequences: list[tuple[int, np.ndarray]], tokens: int) -> int:
+    """Sequences to tell with what choices earn, so that it takes about a fifth of the time of reading so many tokens.
+
+    Switching a choice off costs about as much as reading the sample's tokens once. Below 8 sequences nothing could be
+    told; so of a short text it takes longer.
+    """
+    passes = min(MOST_SWITCHED, switchable(model))
+    filled = np.cumsum([len(ids) for _, ids in sequences])
+    return max(FEWEST_ABLATED, int(np.searchsorted(filled, tokens / 5 / max(passes, 1), side="right")))
+
+
+def _open(path: Path, request: Request) -> Opened:
+    opened = open_model(path)
+    refuse_unrouted(opened)
+    positions = opened.model.config.positions
+    wanted = request.max_length or opened.max_length
+    if positions and wanted > positions.max_length:
+        raise UserError(
+            f"--max-length is {wanted}, but {path} has learned positions for {positions.max_length} tokens; lower it"
+        )
+    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    opened.model.to(device)
+    return opened
+
+
+def _points(request: Request) -> list[Path]:
+    """What the model is compared with, in order: another model, or all checkpoints of a run.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    if request.compare is None:
+        return []
+    history = checkpoints(request.compare)
+    if history:
+        return history
+    open_model(request.compare)
+    return [request.compare]
+
+
+def _compare(
+    opened: Opened, others: list[Path], text: Text, words: Words, collected: Collected, request: Request, tell: Tell
+) -> Compare:
+    """Points in order, the inspected model last; one whose checkpoint it is doesn't come twice."""
+    points: list[Point] = []
+    before: Collected | None = None
+    paths_of = [path for path in others if path.resolve() != opened.path.resolve()]
+    for path in [*paths_of, None]:
+        if path is None:
+            other, found = opened, collected
+        else:
+            other = _open(path, request)
+            if not same_tokenizer(opened, other):
+                raise UserError(
+                    f"{path} and {opened.path} have different tokenizers, so they cut the text into different tokens; "
+                    "compare models of one tokenizer"
+                )
+            if list(other.model.encoder.routers()) != list(opened.model.encoder.routers()):
+                raise UserError(
+                    f"{path} routes {', '.join(other.model.encoder.routers())}, but {opened.path} "
+                    f"{', '.join(opened.model.encoder.routers())}; compare models of one architecture"
+                )
+            found = _collect(other, text, words, request, tell)
+        points.append(_point(other, found, points[-1] if points else None, before))
+        before = found
+    if len(points) < 2:
+        raise UserError(f"{request.compare} holds {opened.path} alone, so there is nothing to compare it with")
+    return Compare(tokens=len(collected.tokens.tokens().ids), points=points)
+
+
+def _point(opened: Opened, found: Collected, last: Point | None, before: Collected | None) -> Point:
+    routers = {
+        name: balance_figures(router, found.counts[name]) for name, router in opened.model.encoder.routers().items()
+    }
+    changes = None
+    if last is not None and before is not None:
+        then, now = before.tokens.tokens().best, found.tokens.tokens().best
+        changes = {
+            name: drift(last.routers[name], routers[name], then[:, n], now[:, n]) for n, name in enumerate(routers)
+        }
+    return Point(name=opened.name, step=opened.step, routers=routers, drift=changes)
+
+
+def _collect(opened: Opened, text: Text, words: Words, request: Request, tell: Tell) -> Collected:
+    size = sum(Path(file).stat().st_size for file in text.files)
+    done = 0
+
+    def told(batch: TextBatch) -> None:
+        nonlocal done
+        done += batch.bytes
+        tell(f"reading with {opened.name}", min(done, size), size)
+
+    batches = read_batches(text, request.batch_tokens)
+    return collect(opened.model, batches, words, text.max_length, told)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Tell]:
+    """A bar for each thing that takes long."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        tasks = {}
+
+        def tell(what: str, done: int, of: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=of)
+            progress.update(tasks[what], completed=done, total=of)
+
+        yield tell

@@ -1,0 +1,220 @@
+"use strict";
+// Across layers: paths, agreement, heads, exits, what a choice earns; and checkpoints beside each other.
+
+const NAMED = 8; // choices of a layer that the flow shows by themselves; the others are one
+
+function flowPicture(routes) {
+  const flows = stats.flows.filter(({ source }) => byName[source].routes === routes);
+  const nodes = [];
+  const place = {};
+  const node = (name, choice) => {
+    const router = byName[name];
+    const ranked = range(router.choices).sort((one, other) => router.first[other] - router.first[one]);
+    const shown = router.choices <= NAMED || ranked.indexOf(choice) < NAMED;
+    const key = `${name} ${shown ? choice : "others"}`;
+    if (!(key in place)) {
+      place[key] = nodes.length;
+      nodes.push({ label: `${router.layer}: ${shown ? choice : "others"}`, choice: shown ? choice : -1 });
+    }
+    return place[key];
+  };
+  const between = new Map();
+  for (const { source, target, share } of flows)
+    share.forEach((row, one) =>
+      row.forEach((part, other) => {
+        const key = `${node(source, one)} ${node(target, other)}`;
+        between.set(key, (between.get(key) || 0) + part);
+      }),
+    );
+  const links = [...between].filter(([, part]) => part >= 0.002).map(([key, part]) => [...key.split(" ").map(Number), part]);
+  return plot(
+    `From one layer's best choice to the next's: ${routes}. A band is tokens; below 0.2 % it isn't drawn.`,
+    420,
+    ({ line }) => ({
+      traces: [
+        {
+          type: "sankey",
+          arrangement: "fixed",
+          node: { label: nodes.map(({ label }) => label), color: nodes.map(({ choice }) => (choice < 0 ? line : shade(choice))), pad: 8, thickness: 14, line: { color: line, width: 1 } },
+          link: {
+            source: links.map(([one]) => one),
+            target: links.map(([, other]) => other),
+            value: links.map(([, , part]) => 100 * part),
+            color: links.map(() => "rgba(128,128,128,0.25)"),
+            hovertemplate: "%{source.label} → %{target.label}: %{value:.1f} % of tokens<extra></extra>",
+          },
+          valuesuffix: " %",
+        },
+      ],
+    }),
+  );
+}
+
+function pathTable({ routes, tokens, distinct, top }) {
+  const rows = top.slice(0, 12).map(({ choices, share, tokens: words }) => [
+    choices.join(" → "),
+    percent(share, 2),
+    { text: element("span", {}, ...words.map((word) => element("span", { class: "chip" }, word))), words: true },
+  ]);
+  return element(
+    "div",
+    {},
+    element("p", {}, `${count(distinct)} ways through the ${routes} of all layers are taken by ${count(tokens)} tokens; the most frequent:`),
+    table(["best choices", "tokens", "most frequent tokens"], rows),
+  );
+}
+
+function acrossLayers() {
+  const { routers, nmi } = stats.agreement;
+  const flows = routings().filter((routes) => stats.flows.some(({ source }) => byName[source].routes === routes));
+  if (!flows.length && !stats.paths.length && routers.length < 2) return;
+  section(
+    "layers",
+    "Across layers",
+    ...flows.map(flowPicture),
+    ...stats.paths.map(pathTable),
+    routers.length > 1
+      ? heatMap("Whether two routers divide tokens alike: 0 by chance, 1 the same division.", nmi, {
+          rows: routers,
+          columns: routers,
+          across: "router",
+          down: "router",
+          scale: rising,
+          least: 0,
+          most: 1,
+          unit: "NMI",
+        })
+      : null,
+  );
+}
+
+function heads() {
+  if (!stats.heads.length) return;
+  const layers = stats.heads.map(({ layer }) => String(layer));
+  const widest = Math.max(...stats.heads.map((layer) => layer.heads));
+  const grid = (field, text) => {
+    const fill = (values, filler) => [...values, ...Array(widest - values.length).fill(filler)];
+    return [stats.heads.map((layer) => fill(layer[field], null)), stats.heads.map((layer) => fill(layer[field].map(text), "–"))];
+  };
+  const map = (caption, field, unit, most, text) => {
+    const [values, texts] = grid(field, text);
+    return heatMap(caption, values, { rows: layers, columns: range(widest), across: "head", down: "layer", scale: rising, least: 0, most, unit, text: texts });
+  };
+  section(
+    "heads",
+    "Heads",
+    element("p", { class: "quiet" }, `On a sample of ${stats.heads[0].sequences} sequences. Heads that are always on stand first.`),
+    element(
+      "div",
+      { class: "grid" },
+      map("How often a head is chosen.", "chosen", "share", 1, (share) => percent(share)),
+      map("How far it looks: tokens between query and key, mean.", "distance", "tokens", undefined, (far) => far.toFixed(1)),
+      map("How widely: entropy of its attention over the maximum.", "entropy", "entropy", 1, (share) => share.toFixed(2)),
+    ),
+  );
+}
+
+function exits() {
+  if (!stats.exits) return;
+  const { layers, histogram: left, by_length: byLength, accuracy } = stats.exits;
+  const total = Math.max(1, sum(left));
+  section(
+    "exits",
+    "Exits",
+    element("p", {}, `${number(sum(left.map((sequences, exit) => sequences * (layers[exit] + 1))) / total)} layers on average, for ${count(total)} sequences.`),
+    element(
+      "div",
+      { class: "grid" },
+      bars("Where sequences leave.", layers.map((layer) => `layer ${layer}`), [{ name: "sequences", values: left }], { across: "", upward: "sequences", format: ",d" }),
+      lines("Layers passed, by length of the sequence.", byLength.groups, [{ name: "layers", values: byLength.mean_layers }], { across: "tokens", upward: "layers" }),
+      accuracy && bars("Accuracy of those that left there.", layers.map((layer) => `layer ${layer}`), [{ name: "accuracy", values: accuracy }], { across: "", upward: "accuracy" }),
+    ),
+  );
+}
+
+function earnings() {
+  if (!stats.ablation) return;
+  const { sequences, targets, loss, confidence, switched } = stats.ablation;
+  section(
+    "earnings",
+    "What a choice earns",
+    element(
+      "p",
+      { class: "quiet" },
+      `Change of the loss, ${number(loss, 3)} nats per target, when a choice adds nothing; above zero it earns something. ` +
+        `${count(targets)} targets in ${count(sequences)} sequences; bars are ${percent(confidence, 0)} intervals.`,
+    ),
+    element(
+      "div",
+      { class: "grid" },
+      ...switched.map(({ layer, routes, choices }) =>
+        plot(`Layer ${layer}, ${routes}.`, 230, ({ series }) => ({
+          traces: [
+            {
+              type: "scatter",
+              mode: "markers",
+              x: choices.map(({ choice }) => String(choice)),
+              y: choices.map(({ change }) => change),
+              error_y: { type: "data", symmetric: false, array: choices.map(({ change, high }) => high - change), arrayminus: choices.map(({ change, low }) => change - low) },
+              marker: { color: series, size: 7 },
+              hovertemplate: "%{x}: %{y:.4f} nats<extra></extra>",
+            },
+          ],
+          layout: { xaxis: { title: { text: "choice" }, type: "category" }, yaxis: { title: { text: "nats" }, zeroline: true } },
+        })),
+      ),
+    ),
+  );
+}
+
+function comparison() {
+  if (!stats.compare) return;
+  const { points, tokens } = stats.compare;
+  const names = points.map(({ name }) => name);
+  const routers = Object.keys(points[0].routers).filter((name) => points.every((point) => name in point.routers));
+  const figure = (caption, field, upward) =>
+    lines(caption, names, routers.map((name) => ({ name, values: points.map((point) => point.routers[name][field]) })), { across: "", upward });
+  const drift = (caption, field) =>
+    lines(caption, names.slice(1), routers.map((name) => ({ name, values: points.slice(1).map((point) => (point.drift && name in point.drift ? point.drift[name][field] : null)) })), { across: "", upward: "share" });
+  let shown = points.length - 1;
+  const label = element("output", { for: "checkpoint" }, names[shown]);
+  const widest = Math.max(...routers.map((name) => points[0].routers[name].load.length));
+  const relative = () => routers.map((name) => points[shown].routers[name].load.map((share, _, { length }) => share * length));
+  const picture = plot("Load at the chosen checkpoint, over the fair share.", Math.max(200, 110 + 22 * routers.length), (colours) => ({
+    traces: [
+      { type: "heatmap", z: relative().map((row) => [...row, ...Array(widest - row.length).fill(null)]), x: range(widest).map(String), y: routers, zmin: 0, zmax: 3, colorscale: [[0, colours.low], [1 / 3, colours.middle], [1, colours.high]], colorbar: { thickness: 10, outlinewidth: 0 }, hovertemplate: "router %{y}, choice %{x}: %{z:.2f}<extra></extra>" },
+    ],
+    layout: { xaxis: { type: "category", title: { text: "choice" }, showgrid: false }, yaxis: { type: "category", autorange: "reversed", showgrid: false } },
+  }));
+  const slider = element("input", {
+    type: "range",
+    id: "checkpoint",
+    min: 0,
+    max: points.length - 1,
+    value: shown,
+    oninput: () => {
+      shown = Number(slider.value);
+      label.textContent = names[shown];
+      drawn.get(picture.lastChild)();
+    },
+  });
+  const row = control("Checkpoint", slider);
+  row.append(label);
+  section(
+    "history",
+    "Checkpoints beside each other",
+    element("p", { class: "quiet" }, `The same ${count(tokens)} tokens in all. Churn: tokens whose best choice is another than at the point before. Total variation: half the sum of the loads' differences.`),
+    element(
+      "div",
+      { class: "grid" },
+      figure("Max over mean of the load.", "max_over_mean", "max / mean"),
+      figure("Entropy of a token's probabilities.", "entropy", "nats"),
+      figure("Confidence.", "confidence", "probability"),
+      figure("Dead choices.", "dead", "choices"),
+      drift("Churn since the point before.", "churn"),
+      drift("Total variation of the load since the point before.", "total_variation"),
+    ),
+    row,
+    picture,
+  );
+}
