@@ -1,4 +1,4 @@
-"""`moe upcycle`, `moe prune`, `moe export` and `moe checkpoint verify`: models made from models, and checkpoints checked."""
+"""`moe upcycle`, `prune` and `export`, `moe checkpoint verify`: models made from models, and checkpoints checked."""
 
 import argparse
 from pathlib import Path

@@ -142,8 +142,8 @@ def fingerprint_of(task: Task) -> str:
 
 
 def _drift(model: TaskModel, task: Task, run: FinetuneConfig) -> dict[str, Drift]:
-    """Nothing, where the start was random."""
-    if task.start.weights is None:
+    """Nothing, where the start was random or nothing is routed."""
+    if task.start.weights is None or not model.encoder.routers():
         return {}
     before = Encoder(task.start.config)
     before.load_state_dict(task.start.weights)
