@@ -27,7 +27,7 @@ class TellAlarm(_Alarm):
 
 
 class StopAlarm(_Alarm):
-    """Say so and stop the run, saved, as a signal would."""
+    """Say so and stop the run as a signal would: a pre-training is saved, a fine-tuning starts the seed again."""
 
     kind: Literal["stop"] = "stop"
 

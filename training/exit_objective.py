@@ -166,7 +166,7 @@ def task_distance(task: TaskConfig, targets: Tensor, batch: PackedBatch) -> Dist
 
     Kullback-Leibler divergence of what is a distribution: over labels, for each sequence or labelled token; over a
     sequence's tokens, for answers' starts and ends (the mean of the two). Binary cross-entropy less the teacher's
-    entropy for labels that are each a yes or no (mean over labels). Squared difference of scores, and of embeddings.
+    entropy for labels that are each a yes or no (sum over labels). Squared difference of scores, and of embeddings.
     """
     if isinstance(task, TokenClassificationConfig):
         labelled = (targets >= 0).nonzero().squeeze(1)
@@ -185,7 +185,7 @@ def _yes_no_divergence(student: Tensor, teacher: Tensor, temperature: float) -> 
     wanted = taught.sigmoid()
     difference = F.binary_cross_entropy_with_logits(said, wanted, reduction="none")
     least = F.binary_cross_entropy_with_logits(taught, wanted, reduction="none")
-    return temperature**2 * (difference - least).mean(-1).sum()
+    return temperature**2 * (difference - least).sum()
 
 
 def _divergence_within(student: Tensor, teacher: Tensor, temperature: float, cu_seqlens: Tensor) -> Tensor:

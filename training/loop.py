@@ -78,7 +78,7 @@ def steps(
     Args:
         rate: the learning rate of a step.
         numbers: of the steps, 0-based.
-        log: on the main rank; None elsewhere.
+        log: on the main rank; None elsewhere. Its alarms may ask for a stop.
         asked: whether this rank is asked to stop, which the step's result tells all of them.
 
     Raises:
@@ -89,7 +89,7 @@ def steps(
         lr = rate(step)
         set_learning_rate(engine, lr)
         start = time.perf_counter()
-        stop = asked()
+        stop = asked() or (log is not None and log.alarms.stop)
         with together():  # a stream's document may be unreadable
             batches = source.next_step()
         result = train_step(engine, batches, objective, ranks, step, stop)
@@ -131,7 +131,7 @@ def train(
     with stop_signals() as request:
 
         def asked() -> bool:  # a full disk isn't trained on for
-            return request.asked or checkpoints.failed or (log is not None and log.alarms.stop)
+            return request.asked or checkpoints.failed
 
         for done in steps(engine, stream, objective, ranks, rate, range(state.step, max_steps), log, asked):
             loss = done.result.parts["masked_lm"]

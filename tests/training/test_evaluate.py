@@ -89,4 +89,4 @@ def test_twice_it_says_the_same_and_leaves_no_trace(
 
 
 def test_without_batches_there_is_nothing_to_say(model: MaskedLM, alone: Ranks) -> None:
-    assert evaluate(model, [], MaskedLMObjective(depth=2), alone) == (0.0, {})
+    assert evaluate(model, [], MaskedLMObjective(depth=2), alone) == (0.0, {}, {})

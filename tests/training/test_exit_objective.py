@@ -157,7 +157,7 @@ def distance_by_hand(kind: str, student: Tensor, teacher: Tensor, t: float) -> T
         return t**2 * sum(divergence(student[r], teacher[r]) for r in rows if targets_of(kind)[r] >= 0)
     if kind == "multi_label":  # each label is a distribution over yes and no
         both = [torch.stack([x, torch.zeros_like(x)], -1) for x in (student, teacher)]
-        return t**2 * sum(divergence(both[0][r, c], both[1][r, c]) / 2 for r in rows for c in range(2))
+        return t**2 * sum(divergence(both[0][r, c], both[1][r, c]) for r in rows for c in range(2))
     if kind == "question_answering":
         pairs = zip(student.split(LENGTHS), teacher.split(LENGTHS), strict=True)
         return t**2 * sum(divergence(s[:, c], w[:, c]) / 2 for s, w in pairs for c in range(2))

@@ -1,4 +1,4 @@
-"""`moe evaluate` and `moe predict`: what a fine-tuned model says."""
+"""`moe evaluate`, `moe predict`, `moe calibrate`: what a fine-tuned model says, and how early."""
 
 import argparse
 from pathlib import Path
@@ -24,6 +24,20 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         )
         command.set_defaults(run=function)
 
+    calibrate = commands.add_parser("calibrate", help="choose on held-out examples when a model may answer early")
+    calibrate.add_argument("model", type=Path, help="a fine-tuned model's folder; its config.json gets the choice")
+    calibrate.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help="held-out examples")
+    wish = calibrate.add_mutually_exclusive_group(required=True)
+    wish.add_argument("--max-accuracy-drop", type=float, metavar="POINTS", help="lose no more percentage points")
+    wish.add_argument("--speedup", type=float, metavar="FACTOR", help="save at least so much computation, such as 2.0")
+    calibrate.add_argument(
+        "--criterion", nargs="+", metavar="KIND", help="max_probability, entropy, ... (default: the best that suits)"
+    )
+    calibrate.add_argument("--json", type=Path, help="write every figure here as well")
+    calibrate.add_argument("--dry-run", action="store_true", help="leave the model as it is")
+    calibrate.add_argument("overrides", nargs="*", metavar="a.b=value", help="how rows are read: task.label=tag")
+    calibrate.set_defaults(run=_calibrate)
+
 
 def _evaluate(options: argparse.Namespace) -> int:
     from rich.console import Console
@@ -46,4 +60,23 @@ def _predict(options: argparse.Namespace) -> int:
         options.model, options.data, options.out, options.tokens, options.overrides, options.exit_threshold
     )
     print(f"{count:,} prediction(s): {options.out}")
+    return 0
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from training.calibration.calibrate import save_exits
+    from training.calibration.report import as_json, print_calibration
+    from training.calibration.run import calibrate_folder, wanted
+
+    console = Console()
+    request = wanted(options.max_accuracy_drop, options.speedup)
+    task, found = calibrate_folder(options.model, options.data, request, options.criterion, options.overrides)
+    print_calibration(found, task, console)
+    if options.json:
+        write_json(options.json, as_json(found))
+    if not options.dry_run:
+        save_exits(options.model, found.exits)
+        console.print(f"saved in {options.model / 'config.json'}", soft_wrap=True)
     return 0

@@ -14,6 +14,7 @@ from torch import Tensor
 from moe.experts.experts import Experts
 from moe.lora import add_lora
 from moe.tasks.model import TaskModel
+from training.alarms import Alarms
 from training.config import LinearSchedule
 from training.data.packing import sequence_lengths
 from training.engine import Ranks, build_engine
@@ -113,7 +114,8 @@ def train_seed(
     log = None
     if ranks.is_main:
         folder = Path(run.run_dir) / "tensorboard" / f"seed-{seed}"
-        log = RunLog(folder, run.log.every, 0, max_steps, console, by_design, LOSS)
+        alarms = Alarms(run.log.alarm, by_design)
+        log = RunLog(folder, run.log.every, 0, max_steps, console, by_design, LOSS, alarms)
     best, found, weights = Best(), None, {}
     tokens, seconds = 0, 0.0
 

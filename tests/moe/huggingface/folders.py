@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import moe
 from moe.tasks.config import TaskConfig
-from training.data.tokenizer import SPECIALS
+from training.data.tokenizer import SPECIALS, _with_specials
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", "to", "me", "you", "and", "it", "is", "b"]
 ENCODER: dict[str, Any] = {
@@ -30,8 +30,6 @@ TASKS: dict[str, dict[str, Any]] = {
 def tokenizer() -> Tokenizer:
     words = Tokenizer(models.WordPiece({w: i for i, w in enumerate([*SPECIALS, *WORDS])}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    from training.data.tokenizer import _with_specials
-
     return _with_specials(words)
 
 

@@ -27,6 +27,7 @@ from transformers import (
 
 import moe.huggingface
 from moe.pretrained import load_model
+from routing import Tokens
 from routing.errors import UserError
 from tests.moe.huggingface.folders import ENCODER, TASKS, model_for, saved, tokenizer
 
@@ -142,9 +143,7 @@ def test_every_state_and_every_routers_statistics_come_out(tmp_path: Path) -> No
     assert torch.equal(loaded(IDS, attention_mask=MASK, return_dict=False)[0], out.aux_loss)
 
 
-def _packed(model: moe.MaskedLM, grid: Tensor) -> tuple[Tensor, moe.PackedBatch, object]:
-    from routing import Tokens
-
+def _packed(model: moe.MaskedLM, grid: Tensor) -> tuple[Tensor, moe.PackedBatch, Tokens]:
     batch = moe.pack(MASK)
     return grid[REAL], batch, Tokens(IDS[REAL], batch.cu_seqlens)
 
@@ -261,7 +260,7 @@ def test_what_cannot_be_given_is_refused() -> None:
         model(IDS, token_type_ids=IDS[:, 1:])
     with pytest.raises(ValueError, match="every_n_layers"):
         model.activation_checkpointing_enable(every_n_layers=2)
-    deep = moe.huggingface.RoutedEncoderConfig(encoder={**ENCODER, "stochastic_depth": {}})
+    deep = moe.huggingface.RoutedEncoderConfig(encoder={**ENCODER, "stochastic_depth": {"kind": "linear"}})
     with pytest.raises(ValueError, match="in training with stochastic depth"):
         moe.huggingface.RoutedEncoderModel(deep).train()(IDS, output_hidden_states=True)
     config = moe.huggingface.RoutedEncoderConfig(encoder=ENCODER, num_labels=3, problem_type="regression")

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer, TrainingArguments, logging
 
@@ -79,6 +80,6 @@ if __name__ == "__main__":
     out = Path(sys.argv[1])
     taken, _ = stepped(out, examples(even=True), 2, 2, {"balance": 0.0, "z": 0.5}, "mlm")  # its loss is rank 0's own
     if os.environ["RANK"] == "0":
-        torch.save(taken, out / "taken.pt")
+        save_file(taken, out / "taken.safetensors")
     torch.distributed.barrier()
     leave(0)
