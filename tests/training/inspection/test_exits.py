@@ -70,7 +70,7 @@ def same(one: ExitCounts, other: ExitCounts) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("kind", ["max_probability", "patience", "learned"])
+@pytest.mark.parametrize("kind", ["max_probability", "entropy", "learned"])
 def test_a_masked_language_model_leaves_when_sure_of_its_masked_tokens(kind: str) -> None:
     model, sequences = masked_lm(), sequences_of()
     asked = [masked([one], MASKING, WORDS, CPU) for one in sequences]

@@ -17,9 +17,11 @@ from moe.config import BlockConfig, DenseConfig, EncoderConfig
 from moe.heads import MaskedLM
 from moe.pretrained import save_pretrained
 from routing import RoutingRecorder
+from tests.training.conftest import run_ranks
 from tests.training.inspection.models import build, save, tokenizer_of, write_text
 from training.cli import main
 from training.data.tokenizer import load_tokenizer, vocabulary
+from training.inspection.inspect import affordable
 from training.inspection.schema import SCHEMA_FILE
 from training.inspection.text import describe_words, open_text, read_batches, without_marks, word_parts
 
@@ -119,6 +121,29 @@ def test_neither_batches_nor_the_order_of_reading_change_a_figure(tmp_path: Path
     assert runs[0]["data"]["tokens"] > 1000
     for other in runs[1:]:
         assert differing(runs[0], other) == []
+
+
+@pytest.mark.distributed
+def test_shares_of_a_text_that_ranks_read_make_up_the_whole(tmp_path: Path) -> None:
+    model, text = save(build(sick=True), tmp_path / "model"), write_text(tmp_path / "text.txt")
+    run_ranks(2, "merge_inspections", str(model), str(text))
+
+
+@pytest.mark.parametrize("tokens", [1_000, 100_000])
+def test_by_default_ablation_takes_a_fifth_of_the_readings_time_at_most(tokens: int) -> None:
+    model = build(sick=False)  # 5 layers of 4 experts and 2 heads: 30 choices
+    sequences = [(n, np.zeros(20, np.int64)) for n in range(64)]
+    assert affordable(model, sequences, tokens) == {1_000: 0, 100_000: 33}[tokens]  # 33 * 20 * 30 < 20,000
+
+
+def test_what_isnt_estimated_of_a_short_text_is_told(tmp_path: Path, inspected: Inspect) -> None:
+    model, text = save(build(sick=False), tmp_path / "model"), write_text(tmp_path / "text.txt", lines=40)
+    words = (model, "--data", text)
+    by_default, asked = inspected(*words), inspected(*words, "--ablate", "5")
+    assert by_default["ablation"] is None
+    assert any("--ablate 64 asks for it" in note for note in by_default["verdict"]["notes"])
+    assert asked["ablation"]["sequences"] == 5
+    assert not any("asks for it" in note for note in asked["verdict"]["notes"])
 
 
 def test_two_models_are_compared_and_a_run_with_its_past(
