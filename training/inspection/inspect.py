@@ -101,7 +101,7 @@ def stats_of(opened: Opened, text: Text, words: Words, collected: Collected, req
             parameters=config.num_params(),
             active_parameters=config.num_active_params(),
         ),
-        data=Data(files=text.files, **collected.read, max_length=text.max_length),
+        data=Data(files=[_from_here(file) for file in text.files], **collected.read, max_length=text.max_length),
         verdict=verdict(figures, notes),
         routers=figures,
         flows=flows(sizes, sample),
@@ -112,6 +112,12 @@ def stats_of(opened: Opened, text: Text, words: Words, collected: Collected, req
         ablation=earned,
         exits=exits,
     )
+
+
+def _from_here(file: str) -> str:
+    """A file's path without this machine's folders, where it lies below the current one: reports are passed on."""
+    path, here = Path(file), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else file
 
 
 def _earned(
