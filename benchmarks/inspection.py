@@ -4,7 +4,8 @@ Inspecting: tokens a second of three ways through the same text, and their ratio
 `plain` reads and encodes it; `counted` counts as well (`training.inspection.collect`); `whole` is all that
 `moe inspect --out` does with a loaded model: counting, the figures, by default what choices earn, and the page. The
 parts of `whole` that don't grow with the text are told by themselves, as the tokens of plain inference that take as
-long (`worth of tokens`); a short text pays for them. Ablation takes what it is allowed, a share of the text.
+long (`worth of tokens`); a short text pays for them. Ablation takes what it is allowed, a share of the text. Seconds
+are of this process's computing on a CPU, which a machine's other work doesn't stretch.
 
 Training: a run writes its curves every `log.every` steps and looks at held-out text every `train.evaluate_every`. Each
 is timed by itself; `share` is the part of a step's time that it takes, spread over the steps between two of it. `look`
@@ -21,7 +22,7 @@ from statistics import median
 import torch
 from rich.console import Console
 
-from benchmarks.common import Row, arguments, interleaved_seconds, save, show
+from benchmarks.common import Row, arguments, save, seconds_of, show
 from moe.batch import to_device
 from moe.heads import MaskedLM
 from routing import Recorded
@@ -83,7 +84,7 @@ def inspecting(opened: Opened, text: Text, batch_tokens: int, rounds: int) -> tu
         told.append(figures(counted(), None))
         page_of(told[-1].model_dump(mode="json"))
 
-    seconds = interleaved_seconds({"plain": plain, "counted": counted, "whole": whole}, rounds)
+    seconds = _seconds_in_turns({"plain": plain, "counted": counted, "whole": whole}, rounds)
     rows: list[Row] = [
         {"what": name, "tokens": tokens, "tokens_per_s": tokens / taken, "vs plain": seconds["plain"] / taken}
         for name, taken in seconds.items()
@@ -96,9 +97,23 @@ def inspecting(opened: Opened, text: Text, batch_tokens: int, rounds: int) -> tu
     if stats.ablation is not None:
         parts[f"figures, ablation of {stats.ablation.sequences} sequences"] = lambda: figures(collected, None)
     once: list[Row] = []
-    for name, taken in interleaved_seconds(parts, rounds).items():
+    for name, taken in _seconds_in_turns(parts, rounds).items():
         once.append({"what": name, "worth of tokens": round(taken * tokens / seconds["plain"])})
     return rows, once
+
+
+def _seconds_in_turns(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, after a turn that warms: a GPU's own, on a CPU those that this process computed."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds + 1):
+        for name, call in contenders.items():
+            if torch.cuda.is_available():
+                times[name].append(seconds_of(call))
+                continue
+            start = time.process_time()
+            call()
+            times[name].append(time.process_time() - start)
+    return {name: median(taken[1:]) for name, taken in times.items()}
 
 
 def training(run: RunConfig, folder: Path, rounds: int) -> list[Row]:

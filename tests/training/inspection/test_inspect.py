@@ -70,12 +70,16 @@ def test_a_runs_model_is_looked_at(finished: Path, text_file: Path, inspected: I
     assert f"{found['data']['tokens']:,} tokens, {found['data']['sequences']:,} sequences" in told
 
 
-def test_the_page_is_written_from_the_same_figures(tmp_path: Path, inspected: Inspect) -> None:
+def test_the_page_is_written_from_the_same_figures(
+    tmp_path: Path, inspected: Inspect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     model, text = save(build(sick=True), tmp_path / "model"), write_text(tmp_path / "text.txt")
     found = inspected(model, "--data", text, "--out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert found["verdict"]["summary"][0] in page
     assert found["verdict"]["findings"][0]["sentence"] in page
+    assert found["data"]["files"] == ["text.txt"]  # as it lies from here, for a report is passed on
 
 
 def test_its_figures_are_those_of_the_recorder(finished: Path, text_file: Path, inspected: Inspect) -> None:
