@@ -28,7 +28,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--ablate",
         type=int,
         metavar="N",
-        help="sequences to tell with what choices earn; 0: don't (default: what a fifth of the reading's time allows)",
+        help="sequences to tell with what choices earn; 0: don't (default: what 15 %% of the reading's time allow)",
     )
     inspect.set_defaults(run=_inspect)
 

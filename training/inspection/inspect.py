@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moe.heads import MaskedLM
 from moe.tasks.model import TaskModel
 from routing.errors import UserError
-from training.inspection.ablation import ablate, switchable
+from training.inspection.ablation import ablate, passes
 from training.inspection.across import agreement, drift, flows, paths
 from training.inspection.collect import Collected, collect
 from training.inspection.exits import exits_in_use, exits_of, leave_examples, leave_text, unused
@@ -26,6 +26,7 @@ from training.inspection.text import Document, Text, TextBatch, Words, describe_
 from training.inspection.verdict import verdict
 
 MOST_SWITCHED = 512  # choices that ablation switches off, over all layers
+ABLATED = 0.15  # of the reading's time, that ablation may take by default
 FEWEST_ABLATED = 8  # sequences: fewer tell nothing
 
 
@@ -43,7 +44,7 @@ class Request(NamedTuple):
     max_tokens: int | None = None
     max_length: int | None = None  # default: as the model was trained
     batch_tokens: int = 4096
-    ablate: int | None = None  # sequences; 0: none; default: what a fifth of the reading's time allows
+    ablate: int | None = None  # sequences; 0: none; default: as many as 15 % of the reading's time allow
     device: str | None = None  # default: a GPU if there is one
 
 
@@ -129,11 +130,11 @@ def _earned(
         return None, None
     if isinstance(model, TaskModel):
         return None, "A model for a task has no masked-LM loss, so what choices earn wasn't estimated."
-    wanted = request.ablate or affordable(model, sequences, collected.read["tokens"])
+    wanted = request.ablate or affordable(model, sequences, collected.read["tokens"], opened.masking.rate)
     if not wanted:
         return None, (
-            "What choices earn wasn't estimated, which would have taken more than a fifth of the time of reading so "
-            f"little text: --ablate {collected.sequences.size} asks for it."
+            f"What choices earn wasn't estimated, which takes more than {ABLATED:.0%} of the time of reading so little "
+            f"text: --ablate {collected.sequences.size} asks for it."
         )
     earned = ablate(
         model,
@@ -147,15 +148,18 @@ def _earned(
     return earned, note
 
 
-def affordable(model: MaskedLM | TaskModel, sequences: list[tuple[int, np.ndarray]], tokens: int) -> int:
-    """Sequences to tell with what choices earn, so that it takes at most a fifth of the time of reading so many tokens.
+def affordable(model: MaskedLM, sequences: list[tuple[int, np.ndarray]], tokens: int, rate: float) -> int:
+    """Sequences to tell with what choices earn, for at most a share of `ABLATED` of the time of reading so many tokens.
 
-    Switching a choice off costs at most what reading the sample's tokens once does. 0 where fewer sequences fit than
-    could tell anything.
+    0 where fewer sequences fit than could tell anything.
+
+    Args:
+        sequences: those of the sample.
+        rate: of tokens that are masked.
     """
-    passes = min(MOST_SWITCHED, switchable(model))
-    filled = np.cumsum([len(ids) for _, ids in sequences])
-    fitting = int(np.searchsorted(filled, tokens / 5 / max(passes, 1), side="right"))
+    lengths = np.array([len(ids) for _, ids in sequences])
+    cost = passes(model, rate, float(lengths.mean()), MOST_SWITCHED) * np.cumsum(lengths)
+    fitting = int(np.searchsorted(cost, ABLATED * tokens, side="right"))
     return fitting if fitting >= FEWEST_ABLATED else 0
 
 

@@ -21,6 +21,7 @@ from tests.training.conftest import run_ranks
 from tests.training.inspection.models import build, save, tokenizer_of, write_text
 from training.cli import main
 from training.data.tokenizer import load_tokenizer, vocabulary
+from training.inspection.ablation import passes
 from training.inspection.inspect import affordable
 from training.inspection.schema import SCHEMA_FILE
 from training.inspection.text import describe_words, open_text, read_batches, without_marks, word_parts
@@ -133,11 +134,17 @@ def test_shares_of_a_text_that_ranks_read_make_up_the_whole(tmp_path: Path) -> N
     run_ranks(2, "merge_inspections", str(model), str(text))
 
 
-@pytest.mark.parametrize("tokens", [1_000, 100_000])
-def test_by_default_ablation_takes_a_fifth_of_the_readings_time_at_most(tokens: int) -> None:
-    model = build(sick=False)  # 5 layers of 4 experts and 2 heads: 30 choices
+def test_by_default_ablation_takes_a_share_of_the_readings_time_at_most() -> None:
+    model = build(sick=False)  # 5 layers of 4 experts and 2 heads, width 32, 80 words
     sequences = [(n, np.zeros(20, np.int64)) for n in range(64)]
-    assert affordable(model, sequences, tokens) == {1_000: 0, 100_000: 33}[tokens]  # 33 * 20 * 30 < 20,000
+    layers = 6 * (5 + 4 + 3 + 2 + 1) / 5  # a choice's own and those above it
+    head = 30 * 0.2 * 2 * (32 * 32 + 80 * 32) / model.config.flops_per_token(20)
+    assert passes(model, 0.2, 20.0, 512) == pytest.approx(layers + head)
+    assert passes(model, 0.2, 20.0, 10) == pytest.approx((layers + head) / 3)  # one of each layer's, of 2 or 4: 1 / 3
+    found = affordable(model, sequences, 50_000, 0.2)
+    assert found * 20 * (layers + head) <= 0.15 * 50_000 < (found + 1) * 20 * (layers + head)
+    assert affordable(model, sequences, 10_000, 0.2) == 0  # too few to tell anything
+    assert affordable(model, sequences, 10_000_000, 0.2) == 64
 
 
 def test_what_isnt_estimated_of_a_short_text_is_told(tmp_path: Path, inspected: Inspect) -> None:
