@@ -22,6 +22,7 @@ from routing.errors import UserError
 MODEL_TYPE = "routed-encoder"
 FORMAT = 1
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+READING = "reading.json"  # of a fine-tuned model: how rows of text are read
 # The class of moe.huggingface that reads a folder with such a task; None: a masked language model.
 ARCHITECTURES = {
     None: "RoutedEncoderForMaskedLM",
