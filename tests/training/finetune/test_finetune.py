@@ -128,6 +128,13 @@ BAD: dict[str, tuple[list[str], str]] = {
     "metric": (["train.metric=bleu"], "train.metric is bleu, but classification is measured by accuracy, f1_macro"),
     "decay": (["optimizer.layer_decay=2"], "optimizer.layer_decay: Input should be less than or equal to 1"),
     "no model": (["model.path=nowhere"], "nowhere is not a model folder"),
+    "a name for examples": (["data.train=a.jsonl"], "data.train: examples are {kind: files, files: [train.jsonl]} or"),
+    "names for held out": (["data.held_out=[a.jsonl]"], "data.held_out: examples are {kind: files, files:"),
+    "a part of held out": (
+        ["data.held_out.fraction=0.2"],
+        "data.held_out: unknown key 'fraction': valid keys are kind",
+    ),
+    "a share above 1": (["data.held_out=2"], "data.held_out: Input should be less than 1"),
     "no data": (["data.train.files=[nowhere.jsonl]"], "nowhere.jsonl"),
     "column": (["data.task.label=topic"], "topic"),
     "exits": (["model.exits.layers=[5]"], "exits name layer 5, but depth is 2"),
