@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from moe.config import EncoderConfig
 from moe.exits.config import ExitsConfig
+from moe.exits.criteria import check_criterion
 from moe.lora import LoraConfig
 from routing.config import Config
 from training.config import AdamWConfig, EngineConfig, LogConfig, ParallelConfig
@@ -165,6 +166,8 @@ class FinetuneConfig(Config):
                 f"objective.class_weights are of labels, and {kind} has none; leave them out, or choose a task of "
                 f"{', '.join(WEIGHTED)}"
             )
+        if self.model.exits is not None and self.model.exits.criterion is not None:
+            check_criterion(self.model.exits.criterion, kind)
         return self
 
 

@@ -121,7 +121,7 @@ def test_a_model_with_exits_answers_early(base: Path, tmp_path: Path) -> None:
     early = load_predictor(folder).evaluate(file, cache)
     assert 1 <= early["layers"] < 2
     assert early["accuracy"] == 1.0
-    assert load_predictor(folder, exit_threshold=1.1).evaluate(file, cache)["layers"] == 2.0
+    assert load_predictor(folder, exit_threshold=1.0).evaluate(file, cache)["layers"] == 2.0
 
 
 BAD: dict[str, tuple[list[str], str]] = {
@@ -137,7 +137,11 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a share above 1": (["data.held_out=2"], "data.held_out: Input should be less than 1"),
     "no data": (["data.train.files=[nowhere.jsonl]"], "nowhere.jsonl"),
     "column": (["data.task.label=topic"], "topic"),
-    "exits": (["model.exits.layers=[5]"], "exits name layer 5, but depth is 2"),
+    "exits": (["model.exits.layers=[5]"], ": exits name layer 5, but depth is 2"),
+    "criterion": (
+        ["model.exits={layers: [0], criterion: {kind: entropy}}", "data.task={kind: regression}"],
+        "criterion entropy compares probabilities, and regression has none",
+    ),
     "spread": (["parallel.expert=3"], "parallel.expert is 3"),
     "checkpoint": (["model={kind: checkpoint, path: nowhere}"], "nowhere holds no whole checkpoint"),
 }
