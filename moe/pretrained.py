@@ -22,6 +22,7 @@ from routing.errors import UserError
 MODEL_TYPE = "routed-encoder"
 FORMAT = 1
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+READING = "reading.json"  # of a fine-tuned model: how rows of text are read
 # The class of moe.huggingface that reads a folder with such a task; None: a masked language model.
 ARCHITECTURES = {
     None: "RoutedEncoderForMaskedLM",
@@ -170,9 +171,15 @@ def _read_config(path: Path) -> tuple[EncoderConfig, TaskConfig | None]:
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
+        within = path.parent / "model"  # where a run keeps its model
+        known = (within / CONFIG).exists()
         raise UserError(
-            f"{path.parent} is not a model folder: cannot read {path.name} ({error.strerror}); expected "
-            f"{CONFIG} and {WEIGHTS}, as save_pretrained writes them"
+            f"{path.parent} is not a model folder: cannot read {path.name} ({error.strerror}); "
+            + (
+                f"did you mean {within}?"
+                if known
+                else f"expected {CONFIG} and {WEIGHTS}, as save_pretrained writes them"
+            )
         ) from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
@@ -187,7 +194,10 @@ def parse_config(config: Any, source: str) -> tuple[EncoderConfig, TaskConfig | 
     """
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
         given = config.get("model_type") if isinstance(config, dict) else config
-        raise UserError(f"{source} describes a model of type {given!r}; expected {MODEL_TYPE!r}")
+        raise UserError(
+            f"{source} describes a model of type {given!r}; expected {MODEL_TYPE!r}. moe upcycle makes one of many "
+            "published encoders, and moe.from_published as they are"
+        )
     if config.get("format") != FORMAT:
         raise UserError(f"{source} has format {config.get('format')!r}; this version reads format {FORMAT}")
     try:

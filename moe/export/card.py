@@ -10,6 +10,7 @@ import yaml
 
 from moe.config import BlockConfig
 from moe.experts.config import ExpertsConfig
+from moe.export.measured import evaluation_tables, routing_tables, table
 from moe.heads import MaskedLM
 from moe.tasks.model import TaskModel
 
@@ -33,7 +34,6 @@ _AUTO = {
     "token_classification": "AutoModelForTokenClassification",
     "question_answering": "AutoModelForQuestionAnswering",
 }
-_ROUTING = ("load_max_over_mean", "dropped_fraction")  # of a run's summary: measured on held-out text
 
 
 def model_card(model: MaskedLM | TaskModel, source: Path, form: Format, checked: str) -> str:
@@ -54,7 +54,6 @@ def model_card(model: MaskedLM | TaskModel, source: Path, form: Format, checked:
     }
     if kind == "embedding" and form == "huggingface":
         about |= {"library_name": "sentence-transformers", "tags": [*about["tags"], "sentence-transformers"]}
-    measured = {name: value for name, value in summary.items() if isinstance(value, int | float)}
     sections = [
         f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n",
         f"# {_title(model)}\n",
@@ -63,13 +62,11 @@ def model_card(model: MaskedLM | TaskModel, source: Path, form: Format, checked:
         f"```python\n{_use(model, form)}```\n",
         f"{checked}\n",
         "## Size\n",
-        _table(("", "parameters"), _sizes(model)),
+        table(("", "parameters"), _sizes(model)),
         "## Layers and routing\n",
-        _table(("layers", "attention", "feed-forward"), _layers(model)),
+        table(("layers", "attention", "feed-forward"), _layers(model)),
     ]
-    balance = [(name, _figure(measured[name])) for name in _ROUTING if name in measured]
-    if balance:
-        sections.append(_table(("routing, as measured in its run", ""), balance))
+    sections += routing_tables(summary)
     sections.append("## Data\n")
     if "data" in run:
         sections.append(
@@ -78,11 +75,7 @@ def model_card(model: MaskedLM | TaskModel, source: Path, form: Format, checked:
     else:
         sections.append("No run's `config.yaml` was at hand, so this card can't say.\n")
     sections.append("## Evaluation\n")
-    rest = [(name, _figure(value)) for name, value in measured.items() if name not in _ROUTING]
-    if rest:
-        sections.append(_table(("from the run's `summary.json`", ""), rest))
-    else:
-        sections.append("No run's `summary.json` was at hand, so this card can't say.\n")
+    sections += evaluation_tables(summary) or ["No run's `summary.json` was at hand, so this card can't say.\n"]
     config = yaml.safe_dump(_set(model.config.model_dump(mode="json")), sort_keys=False)
     sections.append(f"## Config\n\n```yaml\n{config}```\n")
     if isinstance(model, TaskModel):
@@ -144,15 +137,6 @@ def _feed_forward(block: BlockConfig) -> str:
     shared = f", one of width {config.shared_width} for all tokens" if config.shared_width else ""
     per_token = f"{config.router.mean_choices(config.count):g} for a token"
     return f"{config.count} experts of width {config.width}, {per_token} ({router.kind}){shared}"
-
-
-def _table(head: tuple[str, ...], rows: Any) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _figure(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _set(config: Any) -> Any:

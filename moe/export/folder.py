@@ -1,6 +1,7 @@
 """Exports: a model folder becomes another, checked before it is there."""
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from moe.export.card import CARD, Format, model_card
 from moe.export.onnx import NAME, examples, export_onnx
 from moe.files import whole_folder
 from moe.heads import MaskedLM
-from moe.pretrained import ARCHITECTURES, CONFIG, TOKENIZER, WEIGHTS, load_model, write_model
+from moe.pretrained import ARCHITECTURES, CONFIG, READING, TOKENIZER, WEIGHTS, load_model, write_model
 from moe.tasks.config import EmbeddingConfig
 from moe.tasks.model import TaskModel
 from routing.errors import UserError
@@ -40,6 +41,8 @@ def export(source: Path, out: Path, form: Format) -> str:
             (staging / WEIGHTS).unlink()  # they are in the graph
             checked = f"{NAME} by onnxruntime, on padded and ragged input: within {error:.1e} of torch's largest output"
         else:
+            if (source / READING).exists():  # moe evaluate and moe predict go on as before
+                shutil.copyfile(source / READING, staging / READING)
             if isinstance(model, TaskModel) and isinstance(model.task, EmbeddingConfig):
                 write_sentence_transformer(model.task, model.config.width, staging)
             _check_transformers(model, staging)

@@ -34,7 +34,7 @@ class Encoded(NamedTuple):
 
     states: Tensor  # [T, D]
     batch: PackedBatch
-    about: dict[str, Any]  # the fields of `RoutedOutput`
+    about: dict[str, Any]  # the fields that all outputs have
 
 
 class RoutedEncoderPreTrained(PreTrainedModel):

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -73,25 +73,27 @@ class Weights(Mapping[str, Tensor]):
         return sorted(self._tensors.keys() - self.asked_for)
 
 
-class Folder(NamedTuple):
-    settings: Settings
-    tensors: dict[str, Tensor]
-    tokenizer: str | None  # the content of tokenizer.json
-
-
-def read_folder(folder: Path) -> Folder:
-    """Everything of a published model that can be read without running code.
+def read_settings(folder: Path) -> Settings:
+    """A published model's config.
 
     Raises:
-        UserError: for what is missing or broken, and for a folder that holds pickled weights alone.
+        UserError: if it is missing or broken.
     """
-    config = _read_json(folder / CONFIG)
-    tokenizer = folder / TOKENIZER
-    text = tokenizer.read_text(encoding="utf-8") if tokenizer.exists() else None
-    return Folder(Settings(config, folder / CONFIG), _read_weights(folder), text)
+    return Settings(_read_json(folder / CONFIG), folder / CONFIG)
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def read_tokenizer(folder: Path) -> str | None:
+    """The content of tokenizer.json, if there is one."""
+    path = folder / TOKENIZER
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors, by their published names.
+
+    Raises:
+        UserError: for files that are missing or broken, and for a folder that holds pickled weights alone.
+    """
     if (folder / WEIGHTS).exists():
         return read_tensors(folder / WEIGHTS)
     if (folder / INDEX).exists():
@@ -114,7 +116,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path.parent} is no model folder: cannot read {path.name} ({error.strerror})") from error
+        raise UserError(
+            f"{path.parent} is no model folder: cannot read {path.name} ({error.strerror}); give a local one that "
+            "save_pretrained wrote, since nothing is downloaded"
+        ) from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):

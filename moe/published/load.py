@@ -11,7 +11,7 @@ from moe.config import EncoderConfig
 from moe.heads import MaskedLM
 from moe.pretrained import load_weights
 from moe.published.bert import LAYOUTS, read_bert
-from moe.published.folder import Settings, Weights, read_folder
+from moe.published.folder import Settings, Weights, read_settings, read_tokenizer, read_weights
 from moe.published.modernbert import PREFIX, read_modernbert
 from moe.published.parts import Read
 from routing.errors import UserError
@@ -41,14 +41,14 @@ def from_published(folder: str | Path) -> Published:
         UserError: for an architecture, setting or tensor that can't be reproduced, saying which; for what is missing
             or broken.
     """
-    settings, tensors, tokenizer = read_folder(Path(folder))
+    settings = read_settings(Path(folder))
     if settings.kind not in KINDS:
         raise UserError(
             f"{settings.source} describes a model of type {settings.kind!r}; those that can be read are "
             f"{', '.join(KINDS)}"
         )
     prefix = LAYOUTS[settings.kind].prefix if settings.kind in LAYOUTS else PREFIX
-    weights = Weights(tensors, prefix)
+    weights = Weights(read_weights(Path(folder)), prefix)
     config, read = _read(settings, weights)
     unknown = [name for name in weights.left() if name.startswith(_PARTS) and not name.endswith(_COUNTED)]
     if unknown:
@@ -61,7 +61,7 @@ def from_published(folder: str | Path) -> Published:
     state = {f"encoder.{n}": t for n, t in read.encoder.items()} | {f"head.{n}": t for n, t in head.items()}
     load_weights(model, {name: _float(t) for name, t in state.items()}, str(folder), keep_dtype=True)
     left_out = tuple(name for name in weights.left() if not name.endswith(_COUNTED))
-    return Published(model.eval(), tokenizer, read.head is not None, left_out)
+    return Published(model.eval(), read_tokenizer(Path(folder)), read.head is not None, left_out)
 
 
 def _read(settings: Settings, weights: Weights) -> tuple[EncoderConfig, Read]:

@@ -110,6 +110,11 @@ def edited_tensors(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callabl
     return apply
 
 
+def a_runs_folder(folder: Path) -> None:
+    (folder / "model").mkdir()
+    (folder / "config.json").rename(folder / "model" / "config.json")
+
+
 def truncate(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
@@ -125,7 +130,8 @@ def truncate(folder: Path) -> None:
             lambda f: (f / "config.json").write_text("[1]"),
             r"a model of type \[1\]; expected 'routed-encoder'",
         ),
-        (edited_config(model_type="bert"), "a model of type 'bert'; expected 'routed-encoder'"),
+        (edited_config(model_type="bert"), "a model of type 'bert'; expected 'routed-encoder'. moe upcycle"),
+        (a_runs_folder, r"is not a model folder: cannot read config.json \(No such.*; did you mean .*/model\?"),
         (edited_config(format=2), "config.json has format 2; this version reads format 1"),
         (edited_config(encoder={"widht": 8}), r"invalid encoder config: (.|\n)*did you mean 'width'\?"),
         (edited_config(encoder=None), "invalid encoder config"),

@@ -8,13 +8,12 @@ from pydantic import Field, ValidationError
 
 from moe.config import EncoderConfig
 from moe.files import write_file
+from moe.pretrained import READING
 from moe.tasks.config import TaskConfig
 from routing.config import Config
 from routing.errors import UserError
 from training.config import apply_override, describe_errors, refuse_longer_sequences
 from training.tasks.config import TaskSpec, default_spec
-
-READING = "reading.json"  # beside the model
 
 
 class Reading(Config):

@@ -1,8 +1,8 @@
 """Which labelled examples a task has, and where in a row of them its texts and labels stand."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, TypeAdapter, model_validator
+from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
 from moe.tasks.config import Pooling, TaskConfig
 from routing.config import Config
@@ -36,7 +36,28 @@ class ExampleHub(Config):
     files: Files | None = None
 
 
-ExamplesConfig = Annotated[ExampleFiles | ExampleHub, Field(discriminator="kind")]
+def _kind_of(value: Any) -> str:
+    """A tag that is no key, as `files` would be: an error's path stays clear. Files are meant if nothing is said."""
+    return f"kind {value.get('kind', 'files') if isinstance(value, dict) else getattr(value, 'kind', value)}"
+
+
+def _share_or_examples(value: Any) -> str:
+    return "share" if isinstance(value, int | float) else "examples"
+
+
+ExamplesConfig = Annotated[
+    Annotated[ExampleFiles, Tag("kind files")] | Annotated[ExampleHub, Tag("kind hub")],
+    Discriminator(
+        _kind_of,
+        custom_error_type="examples",
+        custom_error_message="examples are {kind: files, files: [train.jsonl]} or {kind: hub, name: DATASET}",
+    ),
+]
+# Told apart by hand: an error then speaks of what was meant, not of both.
+HeldOut = Annotated[
+    Annotated[Annotated[float, Field(gt=0, lt=1)], Tag("share")] | Annotated[ExamplesConfig, Tag("examples")],
+    Discriminator(_share_or_examples),
+]
 
 
 class _Texts(Config):
@@ -152,7 +173,7 @@ class TaskDataConfig(Config):
     """
 
     train: ExamplesConfig
-    held_out: Annotated[float, Field(gt=0, lt=1)] | ExamplesConfig = 0.1
+    held_out: HeldOut = 0.1
     test: ExamplesConfig | None = None
     task: TaskSpec = ClassificationSpec()
     max_length: Annotated[int, Field(ge=8)] = 128

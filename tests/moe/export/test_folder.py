@@ -91,9 +91,11 @@ def test_a_folder_for_transformers_is_ours_too(kind: str | None, tmp_path: Path)
     model = saved(tmp_path / "run" / "model", kind, exits={"layers": [0]}, **LAYERS)
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(RUN))
     (tmp_path / "run" / "summary.json").write_text(json.dumps(SUMMARY))
+    (tmp_path / "run" / "model" / "reading.json").write_text('{"max_length": 64}')
     assert "equal ours" in export(tmp_path / "run" / "model", tmp_path / "out", "huggingface")
     again = moe.pretrained.load_model(tmp_path / "out")
     assert again.config == model.config  # its exits too
+    assert (tmp_path / "out" / "reading.json").read_text() == '{"max_length": 64}'
     card = (tmp_path / "out" / "README.md").read_text()
     wanted = {None: "fill-mask", "classification": "text-classification", "embedding": "sentence-similarity"}
     assert front(card)["pipeline_tag"] == wanted[kind]
@@ -121,6 +123,39 @@ def test_sentence_transformers_gives_our_embeddings(tmp_path: Path) -> None:
         again = moe.task_from_pretrained(tmp_path / f"theirs-{pooling}")
         assert again.task == model.task
         assert torch.equal(again(ids, mask).logits, model(ids, mask).logits)
+
+
+def test_a_card_of_a_fine_tuned_model_has_its_scores(tmp_path: Path) -> None:
+    drift = {"0.experts": {"changed": 0.25, "total_variation": 0.125}}
+    common = {"steps": 30, "stopped_early": False, "load_max_over_mean": 1.5}
+    seeds = [
+        {"seed": 4, "held_out": {"accuracy": 0.5}, "test": {"accuracy": 0.5}, "drift": {}, **common},
+        {"seed": 7, "held_out": {"accuracy": 0.75}, "test": {"accuracy": 0.625}, "drift": drift, **common},
+    ]
+    summary = {
+        "train_examples": 270,
+        "best_seed": 7,
+        "held_out": {"accuracy": {"mean": 0.625, "deviation": 0.1768}},
+        "test": {"accuracy": {"mean": 0.5625, "deviation": 0.0884}},
+        "seeds": seeds,
+    }
+    model = model_for("classification", **LAYERS)
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    card = model_card(model, tmp_path / "model", "huggingface", "Checked.")
+    assert (
+        "| set | metric | this model | mean and deviation over seeds |\n"
+        "| --- | --- | --- | --- |\n"
+        "| held out | accuracy | 0.75 | 0.625 +- 0.1768 |\n"
+        "| test | accuracy | 0.625 | 0.5625 +- 0.0884 |\n"
+    ) in card
+    assert "| train_examples | 270 |\n| best_seed | 7 |\n| seed | 7 |\n| steps | 30 |\n" in card
+    assert "| 0.experts | 25.0% | 12.5% |" in card
+    assert "| load_max_over_mean | 1.5 |" in card
+    assert "stopped_early" not in card
+    # A single seed, whose folder stands beside its model too.
+    (tmp_path / "summary.json").write_text(json.dumps(seeds[1] | {"test": None}))
+    card = model_card(model, tmp_path / "model", "huggingface", "Checked.")
+    assert "| set | metric | this model |\n| --- | --- | --- |\n| held out | accuracy | 0.75 |\n\n" in card
 
 
 def test_a_card_counts_and_says_what_it_does_not_know(tmp_path: Path) -> None:

@@ -140,7 +140,6 @@ def test_every_state_and_every_routers_statistics_come_out(tmp_path: Path) -> No
         name: stats.assigned.tolist() for name, stats in inner.routing.items()
     }
     assert loaded(IDS, attention_mask=MASK).hidden_states is None
-    assert torch.equal(loaded(IDS, attention_mask=MASK, return_dict=False)[0], out.aux_loss)
 
 
 def _packed(model: moe.MaskedLM, grid: Tensor) -> tuple[Tensor, moe.PackedBatch, Tokens]:
@@ -187,9 +186,34 @@ def test_pipelines(tmp_path: Path) -> None:
     tuned = moe.task_from_pretrained(tmp_path / "regression")
     score = tuned(torch.tensor([tokenizer().encode("the cat").ids])).logits.item()
     assert number == pytest.approx(2.5 + 1.5 * score)
+    states = pipeline("feature-extraction", model=str(tmp_path / "mlm"))("the cat", return_tensors=True)
+    assert_close(states, model.encoder(torch.tensor([tokenizer().encode("the cat").ids])).last_hidden_state)
     words = pipeline("token-classification", model=str(tmp_path / "token_classification"))("the cat")
     assert [one["word"] for one in words] == ["the", "cat"]
     assert {one["entity"] for one in words} <= {"N", "V"}
+
+
+@pytest.mark.parametrize(
+    ("made", "given", "first"),
+    [
+        ("Model", {}, ["last_hidden_state", "pooler_output", "hidden_states"]),
+        ("ForMaskedLM", {"labels": IDS}, ["loss", "logits", "hidden_states"]),
+        ("ForTokenClassification", {"labels": IDS % 2}, ["loss", "logits", "hidden_states"]),
+        (
+            "ForQuestionAnswering",
+            {"start_positions": IDS[:, 0] * 0, "end_positions": IDS[:, 0] * 0},
+            ["loss", "start_logits", "end_logits", "hidden_states"],
+        ),
+    ],
+)
+def test_as_tuples_outputs_are_in_transformers_order(made: str, given: dict[str, Tensor], first: list[str]) -> None:
+    config = moe.huggingface.RoutedEncoderConfig(encoder=ENCODER)
+    model = getattr(moe.huggingface, f"RoutedEncoder{made}")(config).eval()
+    output = model(IDS, attention_mask=MASK, output_hidden_states=True, **given)
+    assert list(output) == [*first, "aux_loss", "router_stats"]
+    as_tuple = model(IDS, attention_mask=MASK, output_hidden_states=True, return_dict=False, **given)
+    assert_close(as_tuple[0], output[first[0]])
+    assert_close(as_tuple[1], output[first[1]])
 
 
 def test_new_words_get_embeddings_and_a_bias(tmp_path: Path) -> None:

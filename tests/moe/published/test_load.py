@@ -166,13 +166,22 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def unknown_and_pickled(folder: Path) -> None:
+    with_config(model_type="gpt2")(folder)
+    pickled(folder)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "config.json").unlink(), r"is no model folder: cannot read config.json \(No such"),
+        (
+            lambda f: (f / "config.json").unlink(),
+            r"is no model folder: cannot read config.json \(No such.*give a local",
+        ),
         (lambda f: (f / "config.json").write_text("{"), "is not valid JSON"),
         (lambda f: (f / "config.json").write_text("[]"), r"holds \[\], not an object"),
         (with_config(model_type="t5"), r"a model of type 't5'; those that can be read are bert, roberta, .*modernbert"),
+        (unknown_and_pickled, "a model of type 'gpt2'; those that"),  # before anybody converts it for nothing
         (with_config(hidden_act="gelu_new"), r"hidden_act: 'gelu_new'.*its GELU must be the exact one"),
         (with_config(position_embedding_type="relative_key"), "position_embedding_type: 'relative_key'"),
         (with_config(is_decoder=True), "is_decoder: True.*every token of an encoder sees all others"),

@@ -27,10 +27,21 @@ def test_sections_are_told_by_their_kinds() -> None:
     assert config.task == EmbeddingSpec(label="similarity", score_range=(0, 5))
 
 
+def test_examples_of_no_kind_are_files() -> None:
+    config = TaskDataConfig.model_validate({"train": {"files": ["a.csv"]}, "test": {"files": ["b.csv"]}})
+    assert (config.train, config.held_out, config.test) == (
+        ExampleFiles(files=["a.csv"]),
+        0.1,
+        ExampleFiles(files=["b.csv"]),
+    )
+    assert TaskDataConfig.model_validate(config.model_dump(mode="json")) == config
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
         ({"held_out": 1.0}, "held_out"),
+        ({"held_out": {"kind": "file", "files": ["a.csv"]}}, "examples are {kind: files,"),
         ({"task": {"kind": "classification", "labels": []}}, "labels"),
         ({"task": {"kind": "embedding", "score_range": [5, 0]}}, r"score_range \(5, 0\) is empty; give the lowest"),
         ({"task": {"kind": "embedding", "group": 1}}, "group"),
