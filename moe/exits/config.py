@@ -43,7 +43,7 @@ class _ShareConfig(_CriterionConfig):
     def _within_reach(cls, threshold: float | tuple[float, ...]) -> float | tuple[float, ...]:
         for value in threshold if isinstance(threshold, tuple) else (threshold,):
             if 1 < value < inf:
-                raise ValueError(f"threshold is {value:g}, but scores are from 0 to 1; give 0 to 1, or .inf for never")
+                raise ValueError(f"threshold is {value:g}, but scores are from 0 to 1; give 0 to 1, or inf for never")
         return threshold
 
 
