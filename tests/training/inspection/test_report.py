@@ -99,36 +99,41 @@ def stats() -> dict[str, Any]:
     return given
 
 
+MARKS = ".heatmaplayer image, .bars path, .scatterlayer path.point, .sankey-node rect"
+DRAWN = f"""[...document.querySelectorAll('.plot')].map((plot) =>
+    [...plot.querySelectorAll('{MARKS}')].some((mark) => mark.getBoundingClientRect().width > 0))"""
+
+
 def drawn(page: Any) -> list[bool]:
     """Whether each plot shows something: marks of some size."""
-    marks = ".heatmaplayer image, .bars path, .scatterlayer path.point, .sankey-node rect"
-    return page.evaluate(
-        f"""[...document.querySelectorAll('.plot')].map((plot) =>
-            [...plot.querySelectorAll('{marks}')].some((mark) => mark.getBoundingClientRect().width > 0))"""
-    )
+    found: list[bool] = page.evaluate(DRAWN)
+    return found
 
 
 def is_whole(page: Any, width: int, scheme: str) -> bool:
+    page.wait_for_function(f"{DRAWN}.every(Boolean)")  # a plot is there before its marks where colours change
     assert len(drawn(page)) > 25
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(int(n) for n in paper[4:-1].split(",")) < 300) == (scheme == "dark")
-    return all(drawn(page)) and page.evaluate("document.documentElement.scrollWidth") <= width
+    fits: bool = page.evaluate("document.documentElement.scrollWidth") <= width
+    return fits
 
 
 @needs_browser
-@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1440, "light")])
-def test_every_plot_is_drawn_and_nothing_scrolls_sideways(
-    opened: Open, stats: dict[str, Any], width: int, scheme: str
-) -> None:
-    page, other = opened(stats, width, scheme), "light" if scheme == "dark" else "dark"
-    assert is_whole(page, width, scheme)
-    before = page.evaluate(INK)
-    page.emulate_media(color_scheme=other)  # while it is open
-    page.wait_for_function(f"{INK} != '{before}'")
-    assert is_whole(page, width, other)
+def test_a_phone_shows_every_plot_and_nothing_scrolls_sideways(opened: Open, stats: dict[str, Any]) -> None:
+    page = opened(stats, 360, "dark")
+    assert is_whole(page, 360, "dark")
     # What is most to be read is there without scrolling a table.
     words = page.locator("#router-detail td.text").first.bounding_box()
-    assert words["x"] + words["width"] <= width
+    assert words["x"] + words["width"] <= 360
+    page.emulate_media(color_scheme="light")  # while it is open
+    page.wait_for_function(f"{INK} == '#1b1f24'")
+    assert is_whole(page, 360, "light")
+
+
+@needs_browser
+def test_a_wide_screen_does_so_too(page: Any) -> None:
+    assert is_whole(page, 1440, "light")
 
 
 @needs_browser
@@ -203,14 +208,15 @@ def test_the_slider_goes_through_the_checkpoints(page: Any, stats: dict[str, Any
 
 
 @needs_browser
-def test_paper_is_white_and_holds_whole_tables(page: Any) -> None:
+def test_dark_is_dark_and_paper_white_with_whole_tables(page: Any) -> None:
     page.emulate_media(color_scheme="dark")
     page.wait_for_function(f"{INK} != '#1b1f24'")
+    assert is_whole(page, 1440, "dark")
     page.emulate_media(media="print", color_scheme="dark")
     page.wait_for_function(f"{INK} == '#1b1f24'")
     colours = "(({color, backgroundColor}) => [color, backgroundColor])(getComputedStyle(document.body))"
     assert page.evaluate(colours) == ["rgb(27, 31, 36)", "rgb(255, 255, 255)"]
-    assert all(drawn(page))
+    page.wait_for_function(f"{DRAWN}.every(Boolean)")
     edges = "[...document.querySelectorAll('table')].map((one) => one.getBoundingClientRect().right)"
     page.evaluate("document.body.style.width = '45rem', document.body.style.margin = 0")
     assert max(page.evaluate(edges)) <= 720
