@@ -82,7 +82,7 @@ def measure_compaction(options: argparse.Namespace, sequences: int) -> Row:
         module.head = Prescribed(module.head, int(layer), last)
     batch = to_device(pack_lengths([options.length] * sequences), device)
     ids = torch.randint(plain.config.vocab_size, (sequences * options.length,), device=device)
-    sure, never = MaxProbabilityConfig(threshold=0.999), MaxProbabilityConfig(threshold=2.0)
+    sure, never = MaxProbabilityConfig(threshold=0.999), MaxProbabilityConfig(threshold=1.0)
     left = early_exit(prescribed, ids, batch=batch, criterion=sure).exit_layer
     assert torch.equal(left, last), "the sequences leave as prescribed"
     assert (early_exit(exits, ids, batch=batch, criterion=never).exit_layer == options.depth - 1).all()

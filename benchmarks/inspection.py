@@ -1,8 +1,11 @@
 """What looking at routing costs: `moe inspect` beside plain inference, and what a run pays to be looked at.
 
-Inspecting: tokens a second of reading text, encoding and counting (`training.inspection.collect`), over those of
-reading and encoding the same text alone; `vs plain` is their ratio. What comes once, whatever the text's length
-(examples, heads, figures; ablation of so many sequences), is told as the tokens of plain inference that take as long.
+Inspecting: tokens a second of three ways through the same text, and their ratio to the first's, `vs plain`:
+`plain` reads and encodes it; `counted` counts as well (`training.inspection.collect`); `whole` is all that
+`moe inspect --out` does with a loaded model: counting, the figures, by default what choices earn, and the page. The
+parts of `whole` that don't grow with the text are told by themselves, as the tokens of plain inference that take as
+long (`worth of tokens`); a short text pays for them. Ablation takes what it is allowed, a share of the text. Seconds
+are of this process's computing on a CPU, which a machine's other work doesn't stretch.
 
 Training: a run writes its curves every `log.every` steps and looks at held-out text every `train.evaluate_every`. Each
 is timed by itself; `share` is the part of a step's time that it takes, spread over the steps between two of it. `look`
@@ -19,7 +22,7 @@ from statistics import median
 import torch
 from rich.console import Console
 
-from benchmarks.common import Row, arguments, interleaved_seconds, save, show
+from benchmarks.common import Row, arguments, save, seconds_of, show
 from moe.batch import to_device
 from moe.heads import MaskedLM
 from routing import Recorded
@@ -30,10 +33,12 @@ from training.data.prepare import prepare
 from training.data.tokenizer import vocabulary
 from training.engine import start_processes, stop_processes
 from training.evaluate import evaluate
-from training.inspection.collect import collect
+from training.inspection.collect import Collected, collect
 from training.inspection.inspect import Request, stats_of
 from training.inspection.live import HeldOutLook, Seen
 from training.inspection.models import Opened
+from training.inspection.report import page_of
+from training.inspection.schema import Stats
 from training.inspection.text import Text, describe_words, open_text, read_batches
 from training.metrics import RunLog
 from training.objective import MaskedLMObjective
@@ -65,22 +70,50 @@ def inspecting(opened: Opened, text: Text, batch_tokens: int, rounds: int) -> tu
             for batch in read_batches(text, batch_tokens):
                 encoder(batch.ids.to(device), batch=to_device(batch.batch, device))
 
-    def counted() -> None:
-        collect(opened.model, read_batches(text, batch_tokens), words, text.max_length)
+    def counted() -> Collected:
+        return collect(opened.model, read_batches(text, batch_tokens), words, text.max_length)
 
-    seconds = interleaved_seconds({"plain": plain, "inspect": counted}, rounds)
+    def figures(collected: Collected, ablate: int | None) -> Stats:
+        request = Request(opened.path, text.files, batch_tokens=batch_tokens, ablate=ablate)
+        return stats_of(opened, text, words, collected, request, lambda *_: None)
+
+    told: list[Stats] = []
+
+    def whole() -> None:
+        describe_words(opened.tokenizer, opened.model.config.vocab_size)
+        told.append(figures(counted(), None))
+        page_of(told[-1].model_dump(mode="json"))
+
+    seconds = _seconds_in_turns({"plain": plain, "counted": counted, "whole": whole}, rounds)
     rows: list[Row] = [
         {"what": name, "tokens": tokens, "tokens_per_s": tokens / taken, "vs plain": seconds["plain"] / taken}
         for name, taken in seconds.items()
     ]
-    collected = collect(opened.model, read_batches(text, batch_tokens), words, text.max_length)
+    stats, collected = told[-1], counted()
+    parts: dict[str, Callable[[], object]] = {
+        "figures": lambda: figures(collected, 0),
+        "page": lambda: page_of(stats.model_dump(mode="json")),
+    }
+    if stats.ablation is not None:
+        parts[f"figures, ablation of {stats.ablation.sequences} sequences"] = lambda: figures(collected, None)
     once: list[Row] = []
-    for name, sequences in (("once, without ablation", 0), ("once, ablation of 8", 8)):
-        request = Request(opened.path, text.files, ablate=sequences)
-        taken = median(_timed(lambda: stats_of(opened, text, words, collected, request, lambda *_: None), 1))  # noqa: B023
-        plainly = round(taken * tokens / seconds["plain"])
-        once.append({"what": name, "worth of tokens": plainly, "share, %": 100 * plainly / tokens})
+    for name, taken in _seconds_in_turns(parts, rounds).items():
+        once.append({"what": name, "worth of tokens": round(taken * tokens / seconds["plain"])})
     return rows, once
+
+
+def _seconds_in_turns(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, after a turn that warms: a GPU's own, on a CPU those that this process computed."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds + 1):
+        for name, call in contenders.items():
+            if torch.cuda.is_available():
+                times[name].append(seconds_of(call))
+                continue
+            start = time.process_time()
+            call()
+            times[name].append(time.process_time() - start)
+    return {name: median(taken[1:]) for name, taken in times.items()}
 
 
 def training(run: RunConfig, folder: Path, rounds: int) -> list[Row]:
@@ -181,7 +214,7 @@ def main() -> None:
         )
         inspected, once = inspecting(opened, text, 4096, options.rounds)
         show("Inspecting", inspected, None)
-        show("Inspecting, what comes once", once, None)
+        show("Inspecting, parts of the whole", once, None)
         trained = training(run, folder, options.rounds)
         show("Training", trained, None)
         save([*inspected, *once, *trained], options.json)

@@ -9,7 +9,10 @@ from moe.exits.budget import Budget, new_budget
 from moe.exits.freezing import FrozenOutput, freeze_tokens
 from moe.exits.inference import EarlyOutput, early_exit
 from moe.exits.stats import ExitStats, add_exit_stats, exit_report
+from moe.experts.pruning import prune_experts
+from moe.experts.usage import ExpertUsage, watch_experts
 from moe.heads import MaskedLM, MaskedLMOutput
+from moe.lora import LoraConfig, add_lora, load_adapter, merge_lora, save_adapter
 from moe.pretrained import from_pretrained, save_pretrained, task_from_pretrained
 from moe.published.load import Published, from_published
 from moe.tasks.model import TaskModel, TaskOutput, with_task
@@ -22,7 +25,9 @@ __all__ = [
     "EncoderConfig",
     "EncoderOutput",
     "ExitStats",
+    "ExpertUsage",
     "FrozenOutput",
+    "LoraConfig",
     "MaskedLM",
     "MaskedLMOutput",
     "PackedBatch",
@@ -32,21 +37,27 @@ __all__ = [
     "UpcycleConfig",
     "UpcycleHeadsConfig",
     "add_exit_stats",
+    "add_lora",
     "difference",
     "early_exit",
     "exit_report",
     "freeze_tokens",
     "from_pretrained",
     "from_published",
+    "load_adapter",
+    "merge_lora",
     "new_budget",
     "pack",
     "pack_lengths",
+    "prune_experts",
     "prune_heads",
     "routed_heads_from_softmax",
+    "save_adapter",
     "save_pretrained",
     "select",
     "task_from_pretrained",
     "unpack",
     "upcycle",
+    "watch_experts",
     "with_task",
 ]

@@ -80,7 +80,7 @@ class UpcycleConfig(Config):
         if router.capacity and router.capacity.evaluation:
             reasons.append("capacity drops tokens at evaluation; leave it out")
         if self.heads:
-            layers = _numbers(self.heads.layers or self.layers, config.depth)
+            layers = numbers_of(self.heads.layers or self.layers, config.depth)
             attention = (config.block_at(n).attention for n in layers)
             heads = (each.heads for each in attention if isinstance(each, SoftmaxAttentionConfig))  # others are refused
             routed = max(heads, default=0) - self.heads.shared
@@ -110,8 +110,8 @@ def upcycle(dense: MaskedLM | TaskModel, config: UpcycleConfig) -> MaskedLM | Ta
         UserError: for layers that aren't there, or aren't dense, or whose width isn't a whole number of slices.
     """
     given = dense.config
-    layers = _numbers(config.layers, given.depth)
-    heads = _numbers(config.heads.layers or config.layers, given.depth) if config.heads else []
+    layers = numbers_of(config.layers, given.depth)
+    heads = numbers_of(config.heads.layers or config.layers, given.depth) if config.heads else []
     routed_config = _routed_config(given, config, layers, heads)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -172,7 +172,7 @@ def _off(right: Tensor, found: Tensor) -> Tensor:
     return (found - right).abs().max() / right.abs().max().clamp(min=torch.finfo(right.dtype).tiny)
 
 
-def _numbers(layers: Layers, depth: int) -> list[int]:
+def numbers_of(layers: Layers, depth: int) -> list[int]:
     """Of layers that are there."""
     numbers = list(range(layers.start, depth, layers.every)) if isinstance(layers, EveryNth) else sorted(set(layers))
     if not numbers or not 0 <= numbers[0] <= numbers[-1] < depth:

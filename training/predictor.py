@@ -194,13 +194,14 @@ def _criterion(model: TaskModel, threshold: float | None) -> CriterionConfig | N
         return criterion
     if exits is None or criterion is None:
         raise UserError(
-            "an exit threshold was given, but this model has no exits with a criterion; leave it out, or set "
-            "model.exits when fine-tuning"
+            "an exit threshold was given, but this model has no exits with a criterion; leave it out, or "
+            + ("set model.exits when fine-tuning" if exits is None else "choose a criterion with moe calibrate")
         )
     try:
         return type(criterion).model_validate({**dict(criterion), "threshold": threshold})
     except ValidationError as error:
-        raise UserError(f"exit threshold {threshold:g}: {error.errors()[0]['msg']}") from error
+        told = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"exit threshold {threshold:g}: {told}") from error
 
 
 def _word_scores(first_tokens: Sequence[int], logits: np.ndarray) -> list[float | None]:

@@ -61,7 +61,7 @@ def run_upcycle(request: Request, console: Console) -> None:
         UserError: for what can't be read or upcycled, and for outputs that differ and may not; nothing is written.
     """
     dense = read_dense(request.dense)
-    _refuse_to_overwrite(request.out, request.dense)
+    refuse_to_overwrite(request.out, request.dense)
     config = _config(request, dense.model.config)
     reasons = config.why_inexact(dense.model.config)
     if reasons and not request.inexact:
@@ -197,9 +197,9 @@ def _print_costs(dense: EncoderConfig, routed: EncoderConfig, console: Console) 
         console.print(f"  {name:6}  {total:>14,} parameters in the encoder, {active:>14,} met by a token")
 
 
-def _refuse_to_overwrite(out: Path, dense: Path) -> None:
+def refuse_to_overwrite(out: Path, read: Path) -> None:
     """Only a model may be replaced, and not the one that is read."""
-    if out.resolve() == dense.resolve():
-        raise UserError(f"{out} is the dense model itself; choose another folder for the routed one")
+    if out.resolve() == read.resolve():
+        raise UserError(f"{out} is the model that is read; choose another folder for what becomes of it")
     if out.is_dir() and any(out.iterdir()) and not (out / CONFIG).exists():
         raise UserError(f"{out} holds something that is no model; choose another folder, or empty it")

@@ -4,7 +4,7 @@ One rule for every criterion: a sequence leaves at the first exit whose score is
 leaves at the first exit, infinity never, and a higher threshold never leaves earlier.
 """
 
-from math import isfinite
+from math import inf, isfinite
 from typing import Annotated, Literal
 
 from pydantic import Field, PlainSerializer, field_validator, model_validator
@@ -35,14 +35,26 @@ class _CriterionConfig(Config):
             )
 
 
-class MaxProbabilityConfig(_CriterionConfig):
+class _ShareConfig(_CriterionConfig):
+    """A criterion whose scores are from 0 to 1."""
+
+    @field_validator("threshold", check_fields=False)
+    @classmethod
+    def _within_reach(cls, threshold: float | tuple[float, ...]) -> float | tuple[float, ...]:
+        for value in threshold if isinstance(threshold, tuple) else (threshold,):
+            if 1 < value < inf:
+                raise ValueError(f"threshold is {value:g}, but scores are from 0 to 1; give 0 to 1, or .inf for never")
+        return threshold
+
+
+class MaxProbabilityConfig(_ShareConfig):
     """Score: the probability of the likeliest answer, at most 1."""
 
     kind: Literal["max_probability"] = "max_probability"
     threshold: Threshold | tuple[Threshold, ...] = 0.9
 
 
-class EntropyConfig(_CriterionConfig):
+class EntropyConfig(_ShareConfig):
     """Score: 1 - H / log C, the entropy that is missing to having no opinion among C answers; 0 to 1.
 
     DeeBERT (arXiv 2004.12993, section 3.3) leaves below an entropy S in nats: that is a threshold of 1 - S / log C.
@@ -52,7 +64,7 @@ class EntropyConfig(_CriterionConfig):
     threshold: Threshold | tuple[Threshold, ...] = 0.8
 
 
-class MarginConfig(_CriterionConfig):
+class MarginConfig(_ShareConfig):
     """Score: by how much the likeliest answer's probability exceeds the second's; 0 to 1."""
 
     kind: Literal["margin"] = "margin"
@@ -72,7 +84,7 @@ class PatienceConfig(_CriterionConfig):
     tolerance: float = Field(default=0.1, ge=0)
 
 
-class LearnedExitConfig(_CriterionConfig):
+class LearnedExitConfig(_ShareConfig):
     """Score: the probability of stopping, by the exit's own router; 0 to 1."""
 
     kind: Literal["learned"] = "learned"

@@ -45,15 +45,18 @@ def freeze_tokens(
     Args:
         model: for token classification, with exits, in evaluation mode.
         input_ids, attention_mask, batch, segment_ids: as `Encoder.forward`.
-        criterion: max_probability, entropy or margin; default: that of `config.exits`.
+        criterion: max_probability, entropy or margin; default: that of `config.exits`. A threshold that was
+            calibrated is for the least sure of a sequence's tokens, and freezes single ones too early.
 
     Raises:
         ValueError: for another model or criterion.
     """
     if model.training:
         raise ValueError("early exit is for evaluation, and this model is in training mode: call model.eval() first")
-    if model.task.kind != "token_classification" or model.config.exits is None:
-        raise ValueError(f"only a model for token_classification with exits labels tokens; this is {model.task.kind}")
+    if model.task.kind != "token_classification":
+        raise ValueError(f"only a model for token_classification labels tokens; this one is for {model.task.kind}")
+    if model.config.exits is None:
+        raise ValueError("tokens freeze at exits, and this model has none; fine-tune it with model.exits")
     criterion = criterion or model.config.exits.criterion
     if not isinstance(criterion, ConfidenceConfig):
         given = "none" if criterion is None else criterion.kind

@@ -12,7 +12,7 @@ def test_matrices_decay_and_biases_do_not_though_they_are_stacked() -> None:
     model = MaskedLM(EncoderConfig.model_validate({"vocab_size": 9, "width": 8, "depth": 1, "block": block}))
     model.head.dense.weight.requires_grad_(False)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decay, rest = parameter_groups(model, OptimizerConfig(weight_decay=0.5))
+    decay, rest = parameter_groups(model.named_parameters(), OptimizerConfig(weight_decay=0.5))
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.5, 0.0)
     layer = "encoder.blocks.0."
     assert {names[id(p)] for p in decay["params"]} == {

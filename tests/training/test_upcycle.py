@@ -147,7 +147,7 @@ def test_folders_that_hold_no_dense_model_and_those_that_hold_something_else(
     assert main(["upcycle", str(dense), str(full), *words]) == 2
     assert "holds something that is no model" in capsys.readouterr().err
     assert main(["upcycle", str(dense), str(dense), *words]) == 2
-    assert "is the dense model itself" in capsys.readouterr().err
+    assert "is the model that is read" in capsys.readouterr().err
     assert main(["upcycle", str(full), str(tmp_path / "out"), *words]) == 2
     assert "is no model folder: cannot read config.json" in capsys.readouterr().err
     (full / "config.json").write_text(json.dumps({"model_type": "gpt2"}))

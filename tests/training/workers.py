@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+from functools import reduce
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +34,9 @@ from training.engine import (
     start_processes,
     stop_processes,
 )
+from training.inspection.collect import Collected, collect
+from training.inspection.models import open_model
+from training.inspection.text import describe_words, open_text, read_batches
 from training.loop import train
 from training.objective import MaskedLMObjective
 from training.optimizer_state import whole_moments, whole_parameters
@@ -235,6 +239,29 @@ def compare_spread_layers() -> None:
     """Layers whose experts are spread over all ranks, against whole ones."""
     start_processes()
     spread.compare_all(dist.group.WORLD)
+
+
+def merge_inspections(folder: str, text: str) -> None:
+    """Each rank reads its share of a text; what they collected together is what one collects alone."""
+    ranks = start_processes()
+    opened = open_model(Path(folder))
+    words = describe_words(opened.tokenizer, opened.model.config.vocab_size)
+    source = open_text([text], "line", opened.tokenizer, opened.max_length, None)
+    mine = collect(opened.model, read_batches(source, 200, ranks.rank, ranks.world), words, source.max_length)
+    shares: list[Any] = [None] * ranks.world
+    dist.all_gather_object(shares, mine)
+    merged = reduce(Collected.merge, shares)
+    whole = collect(opened.model, read_batches(source, 300), words, source.max_length)
+    assert 0 < mine.read["tokens"] < whole.read["tokens"]
+    assert merged.read == whole.read
+    for name, counts in {**whole.counts, "places": whole.places}.items():
+        for field, value in counts.sums.items():
+            found = (merged.places if name == "places" else merged.counts[name]).sums[field]
+            torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5, msg=lambda m, at=(name, field): f"{at}: {m}")
+    for one, other in zip(merged.tokens.tokens(), whole.tokens.tokens(), strict=True):
+        assert (one == other).all()
+    both = zip(merged.sequences.sequences(), whole.sequences.sequences(), strict=True)
+    assert all(n == m and (one == other).all() for (n, one), (m, other) in both)
 
 
 def run(function: str, arguments: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -22,28 +23,33 @@ def print_calibration(found: Calibration, task: str, console: Console) -> None:
         f"chosen on {found.choosing:,} sequences, measured on {found.judging:,} others; accuracy in percent "
         f"({_ACCURACY[task]}), in brackets what 95 % of bootstrap samples lie between"
     )
-    exits = Table(title="if all left at one exit", title_justify="left")
-    for column in ("behind layer", "accuracy", "temperature", "calibration error", "with temperature"):
-        exits.add_column(column, justify="right")
+    exits = _table("if all left at one exit", "behind layer", "accuracy", "temperature", "calibration error", "with it")
     for at in found.by_exit:
         errors = ["-" if e is None else f"{e:.4f}" for e in (at.error_before, at.error_after)]
         exits.add_row(str(at.layer), f"{at.accuracy:.2f}", f"{at.temperature:.3f}", *errors)
     console.print(exits)
-    curve = Table(title=f"accuracy against computation, {found.exits.criterion.kind}", title_justify="left")  # type: ignore[union-attr]
-    for column in ("thresholds", "layers a sequence", "layers a token", "FLOPs", "accuracy", "drop"):
-        curve.add_column(column, justify="left" if column == "thresholds" else "right")
+    criterion = found.exits.criterion
+    assert criterion is not None, "it was chosen"
+    title = f"accuracy against computation, {criterion.kind}; * as chosen"
+    curve = _table(title, "threshold", "layers", "FLOPs", "accuracy", "drop")
     for point in found.curve:
-        curve.add_row(*_cells(point))
-    curve.add_section()
-    curve.add_row(*_cells(found.chosen), style="bold")
+        curve.add_row(*_cells(point, point.thresholds == found.chosen.thresholds))
+    if found.chosen.thresholds not in [point.thresholds for point in found.curve]:
+        curve.add_row(*_cells(found.chosen, True))
     console.print(curve)
-    lengths = Table(title="depth by length, as chosen", title_justify="left")
-    for column in ("tokens", "sequences", "layers"):
-        lengths.add_column(column, justify="right")
+    lengths = _table("depth by length, as chosen", "tokens", "sequences", "layers")
     for row in found.by_length:
         longest = "and more" if row.longest is None else f"to {row.longest}"
         lengths.add_row(f"{row.shortest} {longest}", str(row.sequences), f"{row.mean_layers:.2f}")
     console.print(lengths)
+    done = found.chosen.figures
+    thresholds = criterion.thresholds(found.exits.layers)
+    told = " ".join(f"{t:.4g}" for t in (thresholds if len(set(thresholds)) > 1 else thresholds[:1]))
+    console.print(
+        f"chosen: {criterion.kind}, threshold {told}: {done.layers:.2f} layers a sequence, "
+        f"{done.token_layers:.2f} a token, {1 / done.speedup:.2f} of the FLOPs, {done.drop:.2f} points lost",
+        soft_wrap=True,
+    )
 
 
 def as_json(found: Calibration) -> dict[str, Any]:
@@ -65,14 +71,22 @@ def _point(point: Point) -> dict[str, Any]:
     return {"thresholds": thresholds, **point.figures._asdict(), **bounds}
 
 
-def _cells(point: Point) -> tuple[str, ...]:
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
+    )
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _cells(point: Point, chosen: bool) -> tuple[str, ...]:
     done, low, high = point.figures, point.low, point.high
-    thresholds = point.thresholds[:1] if len(set(point.thresholds)) == 1 else point.thresholds
+    threshold = f"{point.thresholds[0]:.4g}" if len(set(point.thresholds)) == 1 else "by layer"
     return (
-        " ".join(f"{t:.4g}" for t in thresholds),
+        f"{'* ' if chosen else ''}{threshold}",
         f"{done.layers:.2f}",
-        f"{done.token_layers:.2f}",
-        f"1 / {done.speedup:.2f} [{low.speedup:.2f}, {high.speedup:.2f}]",
+        f"{1 / done.speedup:.2f} [{1 / high.speedup:.2f}, {1 / low.speedup:.2f}]",
         f"{done.accuracy:.2f} [{low.accuracy:.2f}, {high.accuracy:.2f}]",
         f"{done.drop:.2f} [{low.drop:.2f}, {high.drop:.2f}]",
     )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset
 
 from moe.pretrained import task_from_pretrained
@@ -60,6 +61,7 @@ def calibrate_folder(
         UserError: for what can't be read, and as `calibrate`.
     """
     model = task_from_pretrained(folder)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     task = model.task
     reading = load_reading(folder, task, model.config, list(overrides))
     examples = ExampleFiles(files=[str(file) for file in files])

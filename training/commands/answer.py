@@ -80,6 +80,8 @@ def _calibrate(options: argparse.Namespace) -> int:
     from training.calibration.run import calibrate_folder, wanted
 
     console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a file has no width: don't fold its lines
     request = wanted(options.max_accuracy_drop, options.speedup)
     task, found = calibrate_folder(options.model, options.data, request, options.criterion, options.overrides)
     print_calibration(found, task, console)
@@ -87,5 +89,6 @@ def _calibrate(options: argparse.Namespace) -> int:
         write_json(options.json, as_json(found))
     if not options.dry_run:
         save_exits(options.model, found.exits)
-        console.print(f"saved in {options.model / 'config.json'}", soft_wrap=True)
+    end = "left as it is: --dry-run" if options.dry_run else "saved"
+    console.print(f"{options.model / 'config.json'}: {end}", soft_wrap=True, markup=False)
     return 0

@@ -14,6 +14,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     )
     inspect.add_argument("--data", action="append", required=True, metavar="FILE", help=_DATA)
     inspect.add_argument("--document", choices=("line", "block", "file"), default="line", help="of a text file (line)")
+    inspect.add_argument("--labels", action="append", metavar="FILE", help=_LABELS)
     inspect.add_argument("--out", type=Path, metavar="report.html", help="write the page here")
     inspect.add_argument("--json", type=Path, metavar="stats.json", help="write every figure here")
     inspect.add_argument(
@@ -27,7 +28,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--ablate",
         type=int,
         metavar="N",
-        help="sequences to tell with what choices earn; 0: don't (default: as many as take a fifth of the reading)",
+        help="sequences to tell with what choices earn; 0: don't (default: what 15 %% of the reading's time allow)",
     )
     inspect.set_defaults(run=_inspect)
 
@@ -42,6 +43,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 
 _DATA = "text, or .jsonl or .parquet with a column text; a pattern such as 'texts/*.txt' in quotes; may be repeated"
+_LABELS = "of a task model with exits: labelled examples (.jsonl, .csv, .tsv, .parquet) to tell their accuracy with"
 
 
 def _positive(text: str) -> int:

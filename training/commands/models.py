@@ -1,4 +1,4 @@
-"""`moe upcycle`, `moe export` and `moe checkpoint verify`: models made from models, and checkpoints checked."""
+"""`moe upcycle`, `prune` and `export`, `moe checkpoint verify`: models made from models, and checkpoints checked."""
 
 import argparse
 from pathlib import Path
@@ -35,6 +35,26 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     upcycle.add_argument("--seed", type=int, default=0, help="of the routers' weights (default 0)")
     upcycle.set_defaults(run=_upcycle)
 
+    prune = commands.add_parser("prune", help="make a routed model smaller: fewer experts, or fewer heads")
+    prune.add_argument("model", type=Path, help="its folder")
+    prune.add_argument("out", type=Path, help="folder for the pruned model")
+    prune.add_argument(
+        "--experts-by",
+        choices=["load", "weight", "merge"],
+        help="keep experts that most of --data's tokens take, or those of the largest weights, or merge like ones",
+    )
+    prune.add_argument("--keep", type=int, metavar="N", help="experts of a layer")
+    prune.add_argument("--layers", help="every:2, every:2:1 or 0,2,5 (default: all with more experts)")
+    prune.add_argument("--heads", action="store_true", help="remove heads that a learned router doesn't choose")
+    prune.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="text, or a fine-tuned model's labelled rows, to choose and measure by",
+    )
+    prune.add_argument("--tokens", type=int, default=65_536, help="of text that are looked at (default 65536)")
+    prune.set_defaults(run=_prune)
+
     export = commands.add_parser("export", help="write a model for other libraries, checked, with a model card")
     export.add_argument("model", type=Path, help="a model's folder, such as runs/demo/model")
     export.add_argument("out", type=Path, help="a folder that isn't there yet")
@@ -56,6 +76,16 @@ def _upcycle(options: argparse.Namespace) -> int:
 
     request = Request(**{name: getattr(options, name) for name in Request._fields})
     run_upcycle(request, Console(soft_wrap=True, highlight=False))
+    return 0
+
+
+def _prune(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from training.prune import Request, run_prune
+
+    request = Request(**{name: getattr(options, name) for name in Request._fields})
+    run_prune(request, Console(soft_wrap=True, highlight=False))
     return 0
 
 

@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from moe.config import EncoderConfig
 from moe.exits.config import ExitsConfig
+from moe.exits.criteria import check_criterion
+from moe.lora import LoraConfig
 from routing.config import Config
 from training.config import AdamWConfig, EngineConfig, LogConfig, ParallelConfig
 from training.exit_objective import ExitObjectiveConfig, JointConfig
@@ -142,6 +144,7 @@ class FinetuneConfig(Config):
     data: TaskDataConfig
     objective: TaskObjectiveConfig = TaskObjectiveConfig()
     routing: FinetuneRoutingConfig = FinetuneRoutingConfig()
+    lora: LoraConfig | None = None  # train low-rank changes, beside the head and the routers; None: everything
     optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
     train: FinetuneTrainConfig = FinetuneTrainConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -153,12 +156,18 @@ class FinetuneConfig(Config):
         twice = sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1})
         if twice:
             raise ValueError(f"seeds repeat {', '.join(map(str, twice))}; give each once")
+        if self.lora and self.parallel.expert > 1:
+            raise ValueError(
+                "lora changes whole stacks of experts, and parallel.expert spreads them over ranks; leave one out"
+            )
         kind = self.data.task.kind
         if not isinstance(self.objective.class_weights, EqualWeights) and kind not in WEIGHTED:
             raise ValueError(
                 f"objective.class_weights are of labels, and {kind} has none; leave them out, or choose a task of "
                 f"{', '.join(WEIGHTED)}"
             )
+        if self.model.exits is not None and self.model.exits.criterion is not None:
+            check_criterion(self.model.exits.criterion, kind)
         return self
 
 

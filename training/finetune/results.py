@@ -11,6 +11,7 @@ import yaml
 
 from moe.encoder import Encoder
 from moe.files import whole_folder, write_file
+from moe.lora import merge_lora, save_adapter
 from moe.pretrained import load_weights, save_pretrained
 from moe.tasks.model import TaskModel
 from routing import report
@@ -23,12 +24,13 @@ from training.finetune.best import LOSS
 from training.finetune.config import RESUMABLE, FinetuneConfig
 from training.finetune.drift import Drift, routing_drift
 from training.finetune.reading import Reading, save_reading
-from training.finetune.seed import Task, Trained
+from training.finetune.seed import Task, Trained, prepare_model
 from training.metrics import routed_by_design, worst_balance
 from training.predictor import measured
 from training.tasks.batches import evaluation_batches
 
 CONFIG, SUMMARY, MODEL = "config.yaml", "summary.json", "model"
+ADAPTER = "adapter"  # of a seed with LoRA, beside its merged model
 DRIFT_TOKENS = 65_536  # of held-out text, which routing is compared on
 Summary = dict[str, Any]
 
@@ -65,6 +67,7 @@ def save_seed(run: FinetuneConfig, seed: int, task: Task, trained: Trained, rank
     """Measure a seed's best state on the test set, and its routing against the start; write its folder. Main rank."""
     start, data = task.start, task.data
     model = TaskModel(start.config, data.task)
+    prepare_model(model, run)
     load_weights(model, trained.weights, "the best state")
     by_design = routed_by_design(model)
     model.to(ranks.device).eval()
@@ -88,6 +91,9 @@ def save_seed(run: FinetuneConfig, seed: int, task: Task, trained: Trained, rank
         "drift": {name: found._asdict() for name, found in _drift(model, task, run).items()},
     }
     with whole_folder(seed_folder(run, seed)) as staging:
+        if run.lora:
+            save_adapter(model, run.lora, staging / ADAPTER)
+            merge_lora(model)
         save_pretrained(model, staging / MODEL, start.tokenizer.to_str(pretty=True))
         save_reading(Reading(task=run.data.task, max_length=run.data.max_length), staging / MODEL)
         (staging / CONFIG).write_text(as_yaml(run), encoding="utf-8")
@@ -136,8 +142,8 @@ def fingerprint_of(task: Task) -> str:
 
 
 def _drift(model: TaskModel, task: Task, run: FinetuneConfig) -> dict[str, Drift]:
-    """Nothing, where the start was random."""
-    if task.start.weights is None:
+    """Nothing, where the start was random or nothing is routed."""
+    if task.start.weights is None or not model.encoder.routers():
         return {}
     before = Encoder(task.start.config)
     before.load_state_dict(task.start.weights)

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from moe.experts.experts import Experts
+from moe.lora import add_lora
 from moe.tasks.model import TaskModel
 from training.alarms import Alarms
 from training.config import LinearSchedule
@@ -54,7 +55,10 @@ class Trained(NamedTuple):
 
 
 def prepare_model(model: TaskModel, run: FinetuneConfig) -> None:
-    """Set what is of training, not of the model: what is frozen, dropped out, or computed again."""
+    """Set what is of training, not of the model: what is changed in place of weights, frozen, dropped out, or computed
+    again."""
+    if run.lora:
+        add_lora(model, run.lora)
     freeze_routers(model, run)
     model.encoder.recompute_blocks = run.train.activation_checkpointing
     for module in model.modules():

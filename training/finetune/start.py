@@ -55,7 +55,8 @@ def read_start(run: FinetuneConfig) -> Start:
     try:
         config = EncoderConfig.model_validate({**dict(config), **changed})
     except ValidationError as error:
-        raise UserError(f"model doesn't fit the encoder in {folder}: {error.errors()[0]['msg']}") from error
+        told = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"model doesn't fit the encoder in {folder}: {told}") from error
     words = vocabulary(tokenizer).size
     if words > config.vocab_size:
         raise UserError(

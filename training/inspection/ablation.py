@@ -86,9 +86,22 @@ def ablate(
     )
 
 
-def switchable(model: MaskedLM | TaskModel) -> int:
-    """How many choices there are that could be switched off."""
-    return sum(len(one.choices) for layer in range(len(model.encoder.blocks)) for one in _switches(model, layer))
+def passes(model: MaskedLM, rate: float, length: float, most: int) -> float:
+    """What it costs to switch all of it off, in times of encoding the sample once, by their floating-point operations.
+
+    A choice costs its own layer, those above it, and the head on the targets.
+
+    Args:
+        rate: of tokens that are targets.
+        length: of a sequence, mean.
+        most: as `ablate`.
+    """
+    depth = len(model.encoder.blocks)
+    switches = [switch for layer in range(depth) for switch in _switches(model, layer)]
+    each = max(1, most // max(len(switches), 1))
+    products = model.head.dense.weight.numel() + model.encoder.embeddings.tokens.weight.numel()
+    head = rate * 2 * products / model.config.flops_per_token(max(1, round(length)))
+    return sum(min(each, len(switch.choices)) * ((depth - switch.layer) / depth + head) for switch in switches)
 
 
 def masked(

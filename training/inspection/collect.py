@@ -37,8 +37,10 @@ class Collected(NamedTuple):
         self.places.merge(other.places)
         self.tokens.merge(other.tokens)
         self.sequences.merge(other.sequences)
-        for name in ("sequences", "tokens"):  # every rank reads all documents
+        for name in ("sequences", "tokens"):
             self.read[name] += other.read[name]
+        # Every rank reads all documents, up to those of its last sequence.
+        self.read["documents"] = max(self.read["documents"], other.read["documents"])
         return self
 
 

@@ -30,6 +30,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             model=options.model,
             data=options.data,
             document=options.document,
+            labels=tuple(options.labels or ()),
             compare=options.compare,
             max_tokens=options.max_tokens,
             max_length=options.max_length,

@@ -13,19 +13,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moe.heads import MaskedLM
 from moe.tasks.model import TaskModel
 from routing.errors import UserError
-from training.inspection.ablation import ablate, switchable
+from training.inspection.ablation import ablate, passes
 from training.inspection.across import agreement, drift, flows, paths
 from training.inspection.collect import Collected, collect
-from training.inspection.exits import exits_of
+from training.inspection.exits import exits_in_use, exits_of, leave_examples, leave_text, unused
 from training.inspection.figures import balance_figures, router_figures
+from training.inspection.labels import labelled_batches, refuse_labels
 from training.inspection.models import Opened, checkpoints, open_model, refuse_unrouted, same_tokenizer
 from training.inspection.sampled import look_closely
-from training.inspection.schema import VERSION, Ablation, Compare, Data, Model, Point, Stats
+from training.inspection.schema import VERSION, Ablation, Compare, Data, Exits, Model, Point, Stats
 from training.inspection.text import Document, Text, TextBatch, Words, describe_words, open_text, read_batches
 from training.inspection.verdict import verdict
 
 MOST_SWITCHED = 512  # choices that ablation switches off, over all layers
-FEWEST_ABLATED = 8  # sequences
+ABLATED = 0.15  # of the reading's time, that ablation may take by default
+FEWEST_ABLATED = 8  # sequences: fewer tell nothing
 
 
 Tell = Callable[[str, int, int | None], None]  # (what is done, how much of it, of how much)
@@ -37,11 +39,12 @@ class Request(NamedTuple):
     model: Path
     data: list[str]
     document: Document = "line"
+    labels: tuple[str, ...] = ()  # files of labelled examples, for the accuracy of a task model's exits
     compare: Path | None = None
     max_tokens: int | None = None
     max_length: int | None = None  # default: as the model was trained
     batch_tokens: int = 4096
-    ablate: int | None = None  # sequences; 0: none; default: what a fifth of the reading's time allows, 8 to 64
+    ablate: int | None = None  # sequences; 0: none; default: as many as 15 % of the reading's time allow
     device: str | None = None  # default: a GPU if there is one
 
 
@@ -53,6 +56,8 @@ def inspect(request: Request, console: Console) -> Stats:
             tokenizers differ.
     """
     opened = _open(request.model, request)
+    if request.labels:
+        refuse_labels(opened)
     others = _points(request)  # wrong paths are told before anything takes long
     text = open_text(
         request.data, request.document, opened.tokenizer, request.max_length or opened.max_length, request.max_tokens
@@ -69,7 +74,7 @@ def inspect(request: Request, console: Console) -> Stats:
 
 
 def stats_of(opened: Opened, text: Text, words: Words, collected: Collected, request: Request, tell: Tell) -> Stats:
-    model, encoder, config = opened.model, opened.model.encoder, opened.model.config
+    encoder, config = opened.model.encoder, opened.model.config
     sequences = collected.sequences.sequences()
     close = look_closely(encoder, sequences, collected.counts, words)
     figures = [
@@ -78,22 +83,11 @@ def stats_of(opened: Opened, text: Text, words: Words, collected: Collected, req
     ]
     sizes = {name: counts.choices for name, counts in collected.counts.items()}
     sample = collected.tokens.tokens()
-    earned: Ablation | None = None
-    notes = []
-    wanted = affordable(model, sequences, collected.read["tokens"]) if request.ablate is None else request.ablate
-    if isinstance(model, MaskedLM) and wanted:
-        chosen = sequences[:wanted]
-        earned = ablate(
-            model,
-            chosen,
-            opened.masking,
-            words.vocabulary,
-            MOST_SWITCHED,
-            lambda done, of: tell("switching off", done, of),
-        )
-        notes.append(f"What choices earn was estimated on {len(chosen)} sequences, {earned.targets:,} targets.")
-    elif wanted:
-        notes.append("A model for a task has no masked-LM loss, so what choices earn wasn't estimated.")
+    earned, note = _earned(opened, words, collected, request, tell)
+    notes = [note] if note else []
+    exits = _exits(opened, text, words, request, tell)
+    if exits is not None and (never := unused(exits)):
+        notes.append(never)
     if len(sample.ids) < collected.read["tokens"]:
         notes.append(f"Flows, paths and agreement are those of {len(sample.ids):,} tokens, drawn at random.")
     return Stats(
@@ -108,7 +102,7 @@ def stats_of(opened: Opened, text: Text, words: Words, collected: Collected, req
             parameters=config.num_params(),
             active_parameters=config.num_active_params(),
         ),
-        data=Data(files=text.files, **collected.read, max_length=text.max_length),
+        data=Data(files=[_from_here(file) for file in text.files], **collected.read, max_length=text.max_length),
         verdict=verdict(figures, notes),
         routers=figures,
         flows=flows(sizes, sample),
@@ -117,19 +111,70 @@ def stats_of(opened: Opened, text: Text, words: Words, collected: Collected, req
         heads=close.heads,
         examples=close.examples,
         ablation=earned,
-        exits=exits_of(model, sequences, opened.masking, words.vocabulary),
+        exits=exits,
     )
 
 
-def affordable(model: MaskedLM | TaskModel, sequences: list[tuple[int, np.ndarray]], tokens: int) -> int:
-    """Sequences to tell with what choices earn, so that it takes about a fifth of the time of reading so many tokens.
+def _from_here(file: str) -> str:
+    """A file's path without this machine's folders, where it lies below the current one: reports are passed on."""
+    path, here = Path(file), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else file
 
-    Switching a choice off costs about as much as reading the sample's tokens once. Below 8 sequences nothing could be
-    told; so of a short text it takes longer.
+
+def _earned(
+    opened: Opened, words: Words, collected: Collected, request: Request, tell: Tell
+) -> tuple[Ablation | None, str | None]:
+    """What choices earn, and a note on how it was estimated or why it wasn't."""
+    model, sequences = opened.model, collected.sequences.sequences()
+    if request.ablate == 0:
+        return None, None
+    if isinstance(model, TaskModel):
+        return None, "A model for a task has no masked-LM loss, so what choices earn wasn't estimated."
+    wanted = request.ablate or affordable(model, sequences, collected.read["tokens"], opened.masking.rate)
+    if not wanted:
+        return None, (
+            f"What choices earn wasn't estimated, which takes more than {ABLATED:.0%} of the time of reading so little "
+            f"text: --ablate {collected.sequences.size} asks for it."
+        )
+    earned = ablate(
+        model,
+        sequences[:wanted],
+        opened.masking,
+        words.vocabulary,
+        MOST_SWITCHED,
+        lambda done, of: tell("switching off", done, of),
+    )
+    note = f"What choices earn was estimated on {earned.sequences} sequences, {earned.targets:,} targets."
+    return earned, note
+
+
+def affordable(model: MaskedLM, sequences: list[tuple[int, np.ndarray]], tokens: int, rate: float) -> int:
+    """Sequences to tell with what choices earn, for at most a share of `ABLATED` of the time of reading so many tokens.
+
+    0 where fewer sequences fit than could tell anything.
+
+    Args:
+        sequences: those of the sample.
+        rate: of tokens that are masked.
     """
-    passes = min(MOST_SWITCHED, switchable(model))
-    filled = np.cumsum([len(ids) for _, ids in sequences])
-    return max(FEWEST_ABLATED, int(np.searchsorted(filled, tokens / 5 / max(passes, 1), side="right")))
+    lengths = np.array([len(ids) for _, ids in sequences])
+    cost = passes(model, rate, float(lengths.mean()), MOST_SWITCHED) * np.cumsum(lengths)
+    fitting = int(np.searchsorted(cost, ABLATED * tokens, side="right"))
+    return fitting if fitting >= FEWEST_ABLATED else 0
+
+
+def _exits(opened: Opened, text: Text, words: Words, request: Request, tell: Tell) -> Exits | None:
+    """A pass of its own: early exit over the labelled examples, or where there are none over the text."""
+    model, in_use = opened.model, exits_in_use(opened.model)
+    if in_use is None:
+        return None
+    if request.labels:
+        assert isinstance(model, TaskModel)
+        counts = leave_examples(model, labelled_batches(opened, list(request.labels), request.batch_tokens))
+    else:
+        batches, told = read_batches(text, request.batch_tokens), _reading("leaving early", text, tell)
+        counts = leave_text(model, batches, opened.masking, words.vocabulary, told)
+    return exits_of(counts, in_use, list(request.labels))
 
 
 def _open(path: Path, request: Request) -> Opened:
@@ -205,16 +250,21 @@ def _point(opened: Opened, found: Collected, last: Point | None, before: Collect
 
 
 def _collect(opened: Opened, text: Text, words: Words, request: Request, tell: Tell) -> Collected:
+    batches, told = read_batches(text, request.batch_tokens), _reading(f"reading with {opened.name}", text, tell)
+    return collect(opened.model, batches, words, text.max_length, told)
+
+
+def _reading(what: str, text: Text, tell: Tell) -> Callable[[TextBatch], None]:
+    """Tells of every batch how much of the text's bytes are read."""
     size = sum(Path(file).stat().st_size for file in text.files)
     done = 0
 
     def told(batch: TextBatch) -> None:
         nonlocal done
         done += batch.bytes
-        tell(f"reading with {opened.name}", min(done, size), size)
+        tell(what, min(done, size), size)
 
-    batches = read_batches(text, request.batch_tokens)
-    return collect(opened.model, batches, words, text.max_length, told)
+    return told
 
 
 @contextmanager

@@ -62,19 +62,19 @@ class SequenceSample:
     """At most `size` sequences, as lists of ids."""
 
     def __init__(self, size: int) -> None:
-        self._size = size
+        self.size = size
         self._held: list[tuple[int, int, np.ndarray]] = []
 
     def add(self, numbers: np.ndarray, ids: np.ndarray, bounds: np.ndarray) -> None:
         """Take in a batch: the sequences' numbers `[B]`, their ids `[T]` end to end, and where they lie `[B+1]`."""
         keys = token_keys(numbers, np.full(len(numbers), 2**32))  # no token's
-        for n in np.argsort(keys)[: self._size]:
+        for n in np.argsort(keys)[: self.size]:
             self._held.append((int(keys[n]), int(numbers[n]), ids[bounds[n] : bounds[n + 1]].copy()))
-        self._held = sorted(self._held, key=lambda one: one[0])[: self._size]
+        self._held = sorted(self._held, key=lambda one: one[0])[: self.size]
 
     def merge(self, other: Self) -> None:
         """Take in the sample of another part of the text."""
-        self._held = sorted(self._held + other._held, key=lambda one: one[0])[: self._size]
+        self._held = sorted(self._held + other._held, key=lambda one: one[0])[: self.size]
 
     def sequences(self) -> list[tuple[int, np.ndarray]]:
         """The number and the ids of each, in the order of their hashes."""

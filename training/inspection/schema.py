@@ -256,12 +256,13 @@ class ExitsByLength(Section):
 
 
 class Exits(Section):
-    """Where sequences leave a model with exits, by its own criterion, in a sample."""
+    """Where sequences leave a model with exits, by its own criterion: those of the text, or labelled examples."""
 
     layers: list[Count]  # after which there is one, the last layer included
     histogram: list[Count]  # sequences that left there
     by_length: ExitsByLength
-    accuracy: list[Share | None] | None  # of those that left there, where labels were given
+    accuracy: list[Share | None] | None  # at those exits: of labels, of a masked language model of masked tokens
+    labels: list[str] = []  # files of the labelled examples; none: the text's sequences
 
 
 class PointRouter(Section):

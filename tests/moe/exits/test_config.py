@@ -32,6 +32,8 @@ def test_infinity_survives_json() -> None:
         ({"criterion": {"kind": "learned"}}, r"set exits\.router before training"),
         ({"criterion": {"kind": "margin", "threshold": -0.1}}, "greater than or equal to 0"),
         ({"criterion": {"kind": "margin", "threshold": float("nan")}}, "greater than or equal to 0"),
+        ({"criterion": {"kind": "max_probability", "threshold": 90}}, "threshold is 90, but scores are from 0 to 1"),
+        ({"criterion": {"kind": "entropy", "threshold": (0.5, 1.5)}}, "threshold is 1.5"),
         ({"criterion": {"kind": "fixed"}}, "required"),
         ({"criterion": {"kind": "surely"}}, "max_probability"),
         ({"temperatures": (1.0,)}, "1 values for 2 exits"),

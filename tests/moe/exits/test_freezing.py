@@ -1,5 +1,6 @@
 """Tokens that freeze, against a loop that runs whole blocks and puts the frozen states back."""
 
+from math import inf
 from typing import Any
 
 import pytest
@@ -76,7 +77,7 @@ def test_frozen_tokens_arent_fed() -> None:
     assert fed[-1] < fed[0]
 
 
-@pytest.mark.parametrize(("threshold", "layer"), [(0.0, LAYERS[0]), (2.0, DEPTH - 1)])
+@pytest.mark.parametrize(("threshold", "layer"), [(0.0, LAYERS[0]), (inf, DEPTH - 1)])
 def test_extremes(threshold: float, layer: int) -> None:
     model, sequences = task_model("token_classification"), sequences_of(LENGTHS)
     ids, batch = torch.cat(sequences), pack_lengths(LENGTHS)
@@ -97,8 +98,12 @@ def test_no_tokens() -> None:
 
 def test_refusals() -> None:
     ids, batch = torch.cat(sequences_of([2])), pack_lengths([2])
-    with pytest.raises(ValueError, match="this is classification"):
+    with pytest.raises(ValueError, match="this one is for classification"):
         freeze_tokens(task_model("classification"), ids, batch=batch, criterion=MaxProbabilityConfig())
+    bare = task_model("token_classification")
+    bare.config = bare.config.model_copy(update={"exits": None})
+    with pytest.raises(ValueError, match="this model has none"):
+        freeze_tokens(bare, ids, batch=batch, criterion=MaxProbabilityConfig())
     with pytest.raises(ValueError, match="the criterion is patience"):
         freeze_tokens(task_model("token_classification"), ids, batch=batch, criterion=criterion_config("patience"))
     with pytest.raises(ValueError, match="the criterion is none"):

@@ -56,7 +56,8 @@ def thresholds_between(alone: dict[int, Alone], kind: str, shares: list[float]) 
         return (float(LAYERS[1]),) * len(LAYERS)
     if kind == "patience":
         return (inf, 1.0, 1.0)
-    return tuple(apart_from([one.scores[n] for one in alone.values()], share) for n, share in enumerate(shares))
+    found = [apart_from([one.scores[n] for one in alone.values()], share) for n, share in enumerate(shares)]
+    return tuple(threshold if threshold <= 1 else inf for threshold in found)
 
 
 def with_thresholds(kind: str, thresholds: tuple[float, ...]) -> CriterionConfig:

@@ -190,17 +190,24 @@ def test_the_command_reports_and_saves(folder: Path, tmp_path: Path, capsys: pyt
         "accuracy against computation",
         "calibration error",
         "depth by length",
+        "* ",
+        f"{folder / 'model' / 'config.json'}: left as it is",
     ):
         assert wanted_words in output
     found = json.loads(told.read_text())
     assert found["exits"]["criterion"]["kind"] in ("margin", "entropy")
+    chosen = next(line for line in output.splitlines() if line.startswith("chosen: "))
+    assert found["exits"]["criterion"]["kind"] in chosen
+    assert f"{found['chosen']['drop']:.2f} points lost" in chosen
+    tables = [line.rstrip() for line in output.splitlines() if "[" in line and "]" in line]
+    assert max(map(len, tables)) <= 80  # no row is folded in a narrow terminal
     assert found["chosen"]["low"]["drop"] <= found["chosen"]["drop"] <= found["chosen"]["high"]["drop"]
 
     assert main([*words, "task.label=label"]) == 0
     saved = task_from_pretrained(folder / "model")
     assert saved.config.exits is not None
     assert saved.config.exits.criterion is not None
-    assert f"saved in {folder / 'model' / 'config.json'}" in capsys.readouterr().out.replace("\n", "")
+    assert f"{folder / 'model' / 'config.json'}: saved" in capsys.readouterr().out.splitlines()
     text = (folder / "model/config.json").read_text()
     assert json.loads(before)["task"] == json.loads(text)["task"]
     assert not list((folder / "model").glob(".*"))

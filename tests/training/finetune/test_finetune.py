@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe import task_from_pretrained
+from moe import from_pretrained, load_adapter, task_from_pretrained
 from tests.training.conftest import contents, write_yaml
 from tests.training.finetune.synthetic import MAKERS, run_data, save_base, write_rows
 from training.cli import main
@@ -121,7 +121,7 @@ def test_a_model_with_exits_answers_early(base: Path, tmp_path: Path) -> None:
     early = load_predictor(folder).evaluate(file, cache)
     assert 1 <= early["layers"] < 2
     assert early["accuracy"] == 1.0
-    assert load_predictor(folder, exit_threshold=1.1).evaluate(file, cache)["layers"] == 2.0
+    assert load_predictor(folder, exit_threshold=1.0).evaluate(file, cache)["layers"] == 2.0
 
 
 BAD: dict[str, tuple[list[str], str]] = {
@@ -137,7 +137,11 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a share above 1": (["data.held_out=2"], "data.held_out: Input should be less than 1"),
     "no data": (["data.train.files=[nowhere.jsonl]"], "nowhere.jsonl"),
     "column": (["data.task.label=topic"], "topic"),
-    "exits": (["model.exits.layers=[5]"], "exits name layer 5, but depth is 2"),
+    "exits": (["model.exits.layers=[5]"], ": exits name layer 5, but depth is 2"),
+    "criterion": (
+        ["model.exits={layers: [0], criterion: {kind: entropy}}", "data.task={kind: regression}"],
+        "criterion entropy compares probabilities, and regression has none",
+    ),
     "spread": (["parallel.expert=3"], "parallel.expert is 3"),
     "checkpoint": (["model={kind: checkpoint, path: nowhere}"], "nowhere holds no whole checkpoint"),
 }
@@ -197,3 +201,32 @@ def test_other_examples_are_not_mixed_with_finished_seeds(
     write_rows(Path(data["data"]["train"]["files"][0]), "classification", 50, seed=9)
     assert main(["finetune", str(write_yaml(tmp_path / "run.yaml", data | {"seeds": [0, 1]}))]) == 2
     assert "seed 0 is finished, and learned from 96 training sequences" in capsys.readouterr().err
+
+
+def test_low_rank_changes_alone_learn_a_task_and_end_as_an_ordinary_model_and_an_adapter(
+    base: Path, tmp_path: Path
+) -> None:
+    data = short(tmp_path, "classification", base, max_steps=30, evaluate_every=30)
+    data |= {"lora": {"rank": 4}, "routing": {"router": {"kind": "frozen"}}, "optimizer": {"lr": 3e-2}}
+    summary = finetune(FinetuneConfig.model_validate(data))
+    assert summary is not None
+    assert summary["held_out"]["accuracy"]["mean"] > 0.95
+    seed, start = Path(data["run_dir"]) / "seed-0", from_pretrained(base)
+    tuned, loaded = task_from_pretrained(seed / "model"), load_adapter(start, seed / "adapter")
+    ids = torch.randint(5, 20, (4, 9))
+    assert torch.equal(tuned(ids).logits, loaded(ids).logits)
+    before, after = start.encoder.state_dict(), tuned.encoder.state_dict()
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        low_rank = name.endswith(("qkv.weight", "output.weight", "experts.up", "experts.down"))
+        assert torch.equal(tensor, after[name]) != low_rank, name
+        if low_rank:
+            change = (after[name] - tensor).double()
+            assert torch.linalg.matrix_rank(change, rtol=1e-4).max() <= 4, name
+    assert not (Path(data["run_dir"]) / "adapter").exists()
+
+
+def test_low_rank_changes_do_not_go_with_experts_that_are_spread(base: Path, tmp_path: Path) -> None:
+    data = short(tmp_path, "classification", base) | {"lora": {}, "parallel": {"expert": 2}}
+    with pytest.raises(ValueError, match="lora changes whole stacks of experts"):
+        FinetuneConfig.model_validate(data)

@@ -7,22 +7,15 @@ import torch
 from moe.batch import pack_lengths
 from moe.config import BlockConfig, EncoderConfig, ExpertsConfig
 from moe.depth import MixtureOfDepthsConfig
-from moe.exits.config import ExitsConfig, FixedExitConfig
-from moe.exits.inference import early_exit
+from moe.exits.config import ExitsConfig
 from moe.heads import MaskedLM
-from moe.tasks.config import ClassificationConfig
-from moe.tasks.model import TaskModel
 from routing import RoutingRecorder, TokenChoiceConfig
-from tests.training.inspection.routings import VOCABULARY, WORDS, words_of
+from tests.training.inspection.routings import WORDS, words_of
 from tests.training.inspection.test_closely import sequences_of
-from training.data.masking import MaskingConfig
 from training.inspection.collect import collect
-from training.inspection.exits import exits_of
 from training.inspection.figures import router_figures
 from training.inspection.sampled import look_closely
 from training.inspection.text import TextBatch
-
-MASKING = MaskingConfig(rate=0.3)
 
 
 def config(depth_of_layer_1: bool = False, exits: ExitsConfig | None = None) -> EncoderConfig:
@@ -64,29 +57,6 @@ def test_a_layer_that_computes_some_tokens_is_counted_by_those_it_saw() -> None:
     assert told.alike
     assert told.load[0] == pytest.approx(taken.mean(), rel=1e-3)
     assert told.similarity.weight is None
-
-
-def test_exits_are_told_as_the_model_leaves() -> None:
-    assert exits_of(MaskedLM(config()), sequences_of(), MASKING, VOCABULARY) is None
-    asked = ExitsConfig(layers=(0, 1), criterion=FixedExitConfig(threshold=1))
-    found = exits_of(MaskedLM(config(exits=asked)).eval(), sequences_of(), MASKING, VOCABULARY)
-    assert found is not None
-    assert (found.layers, found.histogram, found.accuracy) == ([0, 1, 2], [0, 20, 0], None)
-    assert found.by_length.groups == ["4-7", "8-15"]
-    assert sum(found.by_length.sequences) == 20
-    assert found.by_length.mean_layers == [2, 2]
-
-
-def test_a_model_for_a_task_leaves_too() -> None:
-    asked = ExitsConfig.model_validate({"layers": [0, 1], "criterion": {"kind": "max_probability", "threshold": 0.5}})
-    model = TaskModel(config(exits=asked), ClassificationConfig(labels=("a", "b", "c"))).eval()
-    sequences = sequences_of()
-    found = exits_of(model, sequences, MASKING, VOCABULARY)
-    assert found is not None
-    left = [
-        int(early_exit(model, torch.from_numpy(ids), batch=pack_lengths([len(ids)])).exit_layer) for _, ids in sequences
-    ]
-    assert found.histogram == [left.count(layer) for layer in (0, 1, 2)]
 
 
 def test_the_recorder_hears_the_routers_of_exits_as_well() -> None:

@@ -17,9 +17,12 @@ from moe.config import BlockConfig, DenseConfig, EncoderConfig
 from moe.heads import MaskedLM
 from moe.pretrained import save_pretrained
 from routing import RoutingRecorder
+from tests.training.conftest import run_ranks
 from tests.training.inspection.models import build, save, tokenizer_of, write_text
 from training.cli import main
 from training.data.tokenizer import load_tokenizer, vocabulary
+from training.inspection.ablation import passes
+from training.inspection.inspect import affordable
 from training.inspection.schema import SCHEMA_FILE
 from training.inspection.text import describe_words, open_text, read_batches, without_marks, word_parts
 
@@ -68,12 +71,16 @@ def test_a_runs_model_is_looked_at(finished: Path, text_file: Path, inspected: I
     assert f"{found['data']['tokens']:,} tokens, {found['data']['sequences']:,} sequences" in told
 
 
-def test_the_page_is_written_from_the_same_figures(tmp_path: Path, inspected: Inspect) -> None:
+def test_the_page_is_written_from_the_same_figures(
+    tmp_path: Path, inspected: Inspect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     model, text = save(build(sick=True), tmp_path / "model"), write_text(tmp_path / "text.txt")
     found = inspected(model, "--data", text, "--out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert found["verdict"]["summary"][0] in page
     assert found["verdict"]["findings"][0]["sentence"] in page
+    assert found["data"]["files"] == ["text.txt"]  # as it lies from here, for a report is passed on
 
 
 def test_its_figures_are_those_of_the_recorder(finished: Path, text_file: Path, inspected: Inspect) -> None:
@@ -119,6 +126,35 @@ def test_neither_batches_nor_the_order_of_reading_change_a_figure(tmp_path: Path
     assert runs[0]["data"]["tokens"] > 1000
     for other in runs[1:]:
         assert differing(runs[0], other) == []
+
+
+@pytest.mark.distributed
+def test_shares_of_a_text_that_ranks_read_make_up_the_whole(tmp_path: Path) -> None:
+    model, text = save(build(sick=True), tmp_path / "model"), write_text(tmp_path / "text.txt")
+    run_ranks(2, "merge_inspections", str(model), str(text))
+
+
+def test_by_default_ablation_takes_a_share_of_the_readings_time_at_most() -> None:
+    model = build(sick=False)  # 5 layers of 4 experts and 2 heads, width 32, 80 words
+    sequences = [(n, np.zeros(20, np.int64)) for n in range(64)]
+    layers = 6 * (5 + 4 + 3 + 2 + 1) / 5  # a choice's own and those above it
+    head = 30 * 0.2 * 2 * (32 * 32 + 80 * 32) / model.config.flops_per_token(20)
+    assert passes(model, 0.2, 20.0, 512) == pytest.approx(layers + head)
+    assert passes(model, 0.2, 20.0, 10) == pytest.approx((layers + head) / 3)  # one of each layer's, of 2 or 4: 1 / 3
+    found = affordable(model, sequences, 50_000, 0.2)
+    assert found * 20 * (layers + head) <= 0.15 * 50_000 < (found + 1) * 20 * (layers + head)
+    assert affordable(model, sequences, 10_000, 0.2) == 0  # too few to tell anything
+    assert affordable(model, sequences, 10_000_000, 0.2) == 64
+
+
+def test_what_isnt_estimated_of_a_short_text_is_told(tmp_path: Path, inspected: Inspect) -> None:
+    model, text = save(build(sick=False), tmp_path / "model"), write_text(tmp_path / "text.txt", lines=40)
+    words = (model, "--data", text)
+    by_default, asked = inspected(*words), inspected(*words, "--ablate", "5")
+    assert by_default["ablation"] is None
+    assert any("--ablate 64 asks for it" in note for note in by_default["verdict"]["notes"])
+    assert asked["ablation"]["sequences"] == 5
+    assert not any("asks for it" in note for note in asked["verdict"]["notes"])
 
 
 def test_two_models_are_compared_and_a_run_with_its_past(

@@ -116,12 +116,12 @@ function heads() {
 
 function exits() {
   if (!stats.exits) return;
-  const { layers, histogram: left, by_length: byLength, accuracy } = stats.exits;
+  const { layers, histogram: left, by_length: byLength, accuracy, labels } = stats.exits;
   const total = Math.max(1, sum(left));
   section(
     "exits",
     "Exits",
-    element("p", {}, `${number(sum(left.map((sequences, exit) => sequences * (layers[exit] + 1))) / total)} layers on average, for ${count(total)} sequences.`),
+    element("p", {}, `${number(sum(left.map((sequences, exit) => sequences * (layers[exit] + 1))) / total)} layers on average, for ${count(total)} sequences${labels.length ? ` of ${labels.join(", ")}` : ""}.`),
     element(
       "div",
       { class: "grid" },
