@@ -2,15 +2,18 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from moe.files import sync
 from routing.errors import UserError
 from training.data.errors import DataError
 from training.predictor import Predictor, load_predictor
+
+STANDARD = Path("-")  # in place of a file: standard input or output
 
 
 def evaluate_file(
@@ -36,6 +39,10 @@ def predict_file(
 
     Reads and answers a window of rows at a time, so a file may be of any size.
 
+    Args:
+        data: `-` is standard input.
+        out: `-` is standard output, where answers stand as soon as their window is answered.
+
     Returns:
         How many there are.
 
@@ -50,21 +57,39 @@ def predict_file(
             waiting.append(row)
             yield row
 
-    count = 0
+    def answer(file: TextIO) -> int:
+        count = 0
+        for count, found in enumerate(predictor.stream(rows(), str(data)), 1):  # noqa: B007  (how many there were)
+            file.write(json.dumps({**waiting.pop(0), "prediction": found}, ensure_ascii=False) + "\n")
+            if not waiting:  # the window's last
+                file.flush()
+        return count
+
+    if out == STANDARD:
+        return answer(sys.stdout)
+    try:
+        if out.exists() and not out.is_file():  # a device or a pipe, which must not be replaced by a file
+            with out.open("w", encoding="utf-8") as file:
+                return answer(file)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    out = out.resolve()  # what a link leads to is replaced, not the link
     partial = out.with_name(f".{out.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            for answer in predictor.stream(rows(), str(data)):
-                file.write(json.dumps({**waiting.pop(0), "prediction": answer}, ensure_ascii=False) + "\n")
-                count += 1
+            count = answer(file)
         sync(partial)
         os.replace(partial, out)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
+        raise _unwritable(out, error) from error
     finally:
         with suppress(OSError):
             partial.unlink()
     return count
+
+
+def _unwritable(out: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {out}: {error.strerror or error}; choose another --out")
 
 
 def _predictor(model: Path, tokens: int, overrides: Sequence[str], exit_threshold: float | None) -> Predictor:
@@ -75,11 +100,11 @@ def _predictor(model: Path, tokens: int, overrides: Sequence[str], exit_threshol
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        file = path.open("rb")
+        file = nullcontext(sys.stdin.buffer) if path == STANDARD else path.open("rb")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    with file:
-        for number, line in enumerate(file, 1):
+    with file as lines:
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:

@@ -62,11 +62,14 @@ class Predictor(NamedTuple):
 
         Raises:
             DataError: naming the row, for a text that is missing or isn't one.
+            UserError: for rows of another number of texts than the model reads, and for a row that isn't in a list.
         """
         return list(self.stream(rows))
 
     def stream(self, rows: Iterable[Row], name: str = "the input") -> Iterator[Prediction]:
         """The same, reading rows as they are needed; `name` is of their file, for errors."""
+        if isinstance(rows, str | Mapping):
+            raise UserError(f"one row was given, {rows!r:.60}, where rows are read; give a list of it: [ROW]")
         columns = [column.source for column in texts_of(self.reading.task).values()]
         windows = prediction_windows(
             (_as_record(row, columns) for row in rows),

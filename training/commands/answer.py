@@ -1,6 +1,8 @@
 """`moe evaluate`, `moe predict`, `moe calibrate`: what a fine-tuned model says, and how early."""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from training.commands.output import write_json
@@ -14,8 +16,10 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     evaluate.add_argument("--json", type=Path, help="write the metrics here as well")
     predict = commands.add_parser("predict", help="let a fine-tuned model answer, line by line")
     predict.add_argument("model", type=Path, help="its folder")
-    predict.add_argument("--data", type=Path, required=True, help="JSON lines, a row each")
-    predict.add_argument("--out", type=Path, required=True, help="the same lines with a `prediction` each")
+    predict.add_argument("--data", type=Path, required=True, help="JSON lines, a row each; - reads standard input")
+    predict.add_argument(
+        "--out", type=Path, required=True, help="the same lines with a `prediction` each; - is standard output"
+    )
     for command, function in ((evaluate, _evaluate), (predict, _predict)):
         command.add_argument("--exit-threshold", type=float, metavar="X", help="in place of that of the model's exits")
         command.add_argument("--tokens", type=int, default=8192, help="tokens at a time, at most (default 8192)")
@@ -54,12 +58,17 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from training.answers import predict_file
+    from training.answers import STANDARD, predict_file
 
-    count = predict_file(
-        options.model, options.data, options.out, options.tokens, options.overrides, options.exit_threshold
-    )
-    print(f"{count:,} prediction(s): {options.out}")
+    try:
+        count = predict_file(
+            options.model, options.data, options.out, options.tokens, options.overrides, options.exit_threshold
+        )
+    except BrokenPipeError:  # whoever reads the answers has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return 0
+    if options.out != STANDARD:
+        print(f"{count:,} prediction(s): {options.out}")
     return 0
 
 

@@ -49,8 +49,8 @@ def prepare_task(config: TaskDataConfig, tokenizer: Tokenizer) -> PreparedTask:
     else:
         held_out = read(config.held_out)
     test = None if config.test is None else read(config.test)
-    task = task_config(config.task, train)
     with data_errors(cache), quiet():
+        task = task_config(config.task, train)
         encode = partial(
             encode_examples,
             spec=config.task,

@@ -1,13 +1,17 @@
 """`moe finetune`, `moe evaluate` and `moe predict` as a user runs them, and what a kill leaves behind."""
 
+import io
 import json
+import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from routing.errors import UserError
 from tests.training.conftest import contents, moe_process, write_yaml
 from tests.training.finetune.synthetic import COLOURS, run_data
 from training.answers import predict_file
@@ -84,6 +88,31 @@ def test_predictions_do_not_depend_on_the_window_or_the_batch(tuned: Path, tmp_p
     for n in (0, 1, 6, 1199):
         (single,) = alone([rows[n]["text"]])
         assert single["scores"] == pytest.approx(answers[n]["scores"], abs=1e-5)
+
+
+@pytest.mark.distributed
+def test_predictions_in_a_pipe(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tuned / "run-classification" / "model"
+    lines = "".join(json.dumps({"text": f"the {colour} dog", "id": colour}) + "\n" for colour in COLOURS)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    assert main(["predict", str(model), "--data", "-", "--out", "-"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]  # and nothing else
+    assert [(a["id"], a["prediction"]["label"]) for a in answers] == [(colour, colour) for colour in COLOURS]
+    # A pipe by its name stays one, and a link stays a link.
+    (tmp_path / "rows.jsonl").write_text(lines)
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE) as reader:
+        assert predict_file(model, tmp_path / "rows.jsonl", tmp_path / "pipe", 4096, []) == 3
+        assert reader.communicate(timeout=60)[0].count(b"prediction") == 3
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    assert predict_file(model, tmp_path / "rows.jsonl", tmp_path / "link", 4096, []) == 3
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text().count("prediction") == 3
+    for row in ("the red dog", {"text": "the red dog"}):  # neither letters nor names of columns are rows
+        with pytest.raises(UserError, match=r"one row was given, .*; give a list of it"):
+            load_predictor(model)(row)
 
 
 @pytest.mark.distributed
