@@ -50,6 +50,10 @@ def stop_signals() -> Iterator[StopRequest]:
     before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield request
+    except Exception:
+        if launched():  # this rank ends anyway, and its launcher tells it to: to be interrupted would be one error more
+            before.clear()
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
