@@ -24,7 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.common import Row, arguments, at_least_one, show, writable_file
-from benchmarks.quality_arm import Arm
+from benchmarks.quality_arm import Arm, train_in_turns
 from routing.errors import UserError
 from training.config import RunConfig, load_run_config
 from training.data.prepare import prepare
@@ -32,9 +32,6 @@ from training.engine import Ranks, start_processes, stop_processes
 from training.process import tune_cpu
 
 HERE = Path(__file__).parent
-TURN = 5.0  # seconds that an arm trains before it is another's turn
-EVALUATIONS = 15  # of each arm
-SNAPSHOTS = 20
 
 
 def runs_of(arms: Path, only: list[str] | None, data: Path, valid: Path, seed: int) -> dict[str, RunConfig]:
@@ -70,20 +67,7 @@ def train_together(runs: Mapping[str, RunConfig], ranks: Ranks, budget: float) -
             arm = Arm(name, run.model_copy(update={"run_dir": folder}), prepare(run.data), ranks, start)
         start = start or arm.weights()
         arms.append(arm)
-        arm.evaluate()
-    running = list(arms)
-    while running:
-        for arm in list(running):
-            spent = 0.0
-            while spent < TURN and arm.seconds < budget:
-                if arm is arms[0] and arm.seconds >= arm.snapshots * budget / SNAPSHOTS:
-                    arm.keep()
-                spent += arm.train(arm.seconds / budget)
-            done = arm.seconds >= budget
-            if done or arm.seconds >= len(arm.curve) * budget / EVALUATIONS:
-                arm.evaluate()
-            if done:
-                running.remove(arm)
+    train_in_turns(arms, budget, branching=arms[0])
     first = arms[0]
     speed = first.tokens / first.seconds
     ended = {arm.name: arm.curve[-1] for arm in arms}

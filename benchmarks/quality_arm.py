@@ -1,6 +1,7 @@
 """One arm of `benchmarks.quality`: a training run that goes on in turns, and of which a branch can be run later."""
 
 import time
+from collections.abc import Sequence
 from copy import deepcopy
 from statistics import median
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ from training.pretrain import assemble
 from training.step import train_step
 
 WARMUP = 100  # steps
+TURN = 5.0  # seconds that an arm trains before it is another's turn
+EVALUATIONS = 15  # of each arm
+SNAPSHOTS = 20  # of an arm that may branch
 DECAY = 0.25  # share of the budget over which the learning rate falls to 0
 
 
@@ -62,10 +66,6 @@ class Arm:
         self.loads: list[float] = []  # of the worst layer, each step
         self._recent: list[dict[str, RoutingStats]] = []
         self._snapshots: list[Snapshot] = []
-
-    @property
-    def snapshots(self) -> int:
-        return len(self._snapshots)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """A copy of the weights."""
@@ -124,6 +124,30 @@ class Arm:
         while self.step < steps:
             self.train(self.step / steps)
         return self._parts.evaluate().loss
+
+
+def train_in_turns(arms: Sequence[Arm], budget: float, branching: Arm | None = None) -> None:
+    """Train each arm for `budget` seconds of its own, a few at a time, so that a drifting machine slows all alike.
+
+    Args:
+        branching: takes snapshots on its way, for `Arm.loss_after`.
+    """
+    running, kept = list(arms), 0
+    for arm in arms:
+        arm.evaluate()
+    while running:
+        for arm in list(running):
+            spent = 0.0
+            while spent < TURN and arm.seconds < budget:
+                if arm is branching and arm.seconds >= kept * budget / SNAPSHOTS:
+                    arm.keep()
+                    kept += 1
+                spent += arm.train(arm.seconds / budget)
+            done = arm.seconds >= budget
+            if done or arm.seconds >= len(arm.curve) * budget / EVALUATIONS:
+                arm.evaluate()
+            if done:
+                running.remove(arm)
 
 
 def _worst(routing: dict[str, RoutingStats]) -> float:

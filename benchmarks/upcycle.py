@@ -16,8 +16,8 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.common import Row, arguments, at_least_one, show, writable_file
-from benchmarks.quality import EVALUATIONS, HERE, TURN, corpus_of, plot
-from benchmarks.quality_arm import Arm
+from benchmarks.quality import HERE, corpus_of, plot
+from benchmarks.quality_arm import Arm, train_in_turns
 from moe.config import EncoderConfig
 from moe.heads import MaskedLM
 from moe.pretrained import TOKENIZER
@@ -62,23 +62,6 @@ def start_arm(name: str, model: MaskedLM, run: RunConfig, ranks: Ranks) -> Arm:
     with TemporaryDirectory() as folder:
         run = run.model_copy(update={"run_dir": folder})
         return Arm(name, run, prepare(run.data), ranks, dict(model.state_dict()))
-
-
-def train_in_turns(arms: Sequence[Arm], budget: float) -> None:
-    """Until each has trained for `budget` seconds; held-out losses come to stand in their curves."""
-    running = list(arms)
-    for arm in arms:
-        arm.evaluate()
-    while running:
-        for arm in list(running):
-            spent = 0.0
-            while spent < TURN and arm.seconds < budget:
-                spent += arm.train(arm.seconds / budget)
-            done = arm.seconds >= budget
-            if done or arm.seconds >= len(arm.curve) * budget / EVALUATIONS:
-                arm.evaluate()
-            if done:
-                running.remove(arm)
 
 
 def rows_of(arms: Sequence[Arm]) -> list[Row]:

@@ -31,7 +31,9 @@ def run(layer: Layer, x: torch.Tensor, routing: Given) -> tuple[torch.Tensor, ..
 
 def make(name: str, weights: ExpertWeights) -> Layer:
     if "DeepSpeed" not in name:  # DeepSpeed is ours to bring; the others are optional
-        pytest.importorskip("st_moe_pytorch" if "st-moe" in name else "transformers")
+        pytest.importorskip(
+            "st_moe_pytorch" if "st-moe" in name else "transformers", reason="a peer of the extra bench"
+        )
     try:
         return PEERS[name](weights)
     except Unavailable as reason:

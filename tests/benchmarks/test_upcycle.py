@@ -3,8 +3,8 @@
 from typing import Any
 
 import moe
-from benchmarks.quality_arm import Point
-from benchmarks.upcycle import routed_arms, rows_of, train_in_turns
+from benchmarks.quality_arm import Point, train_in_turns
+from benchmarks.upcycle import routed_arms, rows_of
 from moe import EncoderConfig, MaskedLM
 
 

@@ -9,7 +9,9 @@ from torch.testing import assert_close
 
 from routing import RoutingRecorder
 
-transformers = pytest.importorskip("transformers", minversion="5.0")
+transformers = pytest.importorskip(
+    "transformers", minversion="5.0", reason="the models are transformers', of the extra hf"
+)
 
 SMALL: dict[str, Any] = {
     "vocab_size": 60,

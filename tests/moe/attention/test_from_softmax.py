@@ -56,7 +56,7 @@ def test_pruning_is_the_way_back() -> None:
 
 
 def test_a_published_layer() -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="the referee is transformers, of the extra hf")
     sizes = {"hidden_size": WIDTH, "num_attention_heads": 4, "attn_implementation": "eager"}
     theirs = transformers.models.bert.modeling_bert.BertAttention(transformers.BertConfig(**sizes)).eval()
     for parameter in theirs.parameters():

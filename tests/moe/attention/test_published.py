@@ -15,7 +15,7 @@ from moe.batch import pack_lengths
 from moe.config import EncoderConfig
 from routing.types import Tokens
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="the referee is transformers, of the extra hf")
 
 WIDTH, HEADS = 16, 2
 

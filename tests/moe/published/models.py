@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="the referee is transformers, of the extra hf")
 
 VOCABULARY, LENGTH = 40, 12
 SIZES = {
