@@ -24,7 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.common import Row, arguments, at_least_one, show, writable_file
-from benchmarks.quality_arm import Arm, train_in_turns
+from benchmarks.quality_arm import Arm, seconds_spent, steps_spent, train_in_turns
 from routing.errors import UserError
 from training.config import RunConfig, load_run_config
 from training.data.prepare import prepare
@@ -58,24 +58,30 @@ def corpus_of(path: Path) -> dict[str, Any]:
     return {"kind": "text", "files": [files], "document": "block"}
 
 
-def train_together(runs: Mapping[str, RunConfig], ranks: Ranks, budget: float) -> list[Row]:
-    """Train all arms of a seed for `budget` seconds each, in turns."""
+def train_together(runs: Mapping[str, RunConfig], ranks: Ranks, seconds: float, steps: int | None) -> list[Row]:
+    """Train all arms of a seed in turns, for that many seconds each, or if given steps."""
     arms: list[Arm] = []
     start: dict[str, torch.Tensor] = {}
+    data = {run.data.model_dump_json(): run.data for run in runs.values()}
+    prepared = {key: prepare(config) for key, config in data.items()}
     for name, run in runs.items():
         with TemporaryDirectory() as folder:
-            arm = Arm(name, run.model_copy(update={"run_dir": folder}), prepare(run.data), ranks, start)
+            arm = Arm(name, run.model_copy(update={"run_dir": folder}), prepared[run.data.model_dump_json()], ranks, start)
         start = start or arm.weights()
         arms.append(arm)
-    train_in_turns(arms, budget, branching=arms[0])
     first = arms[0]
+    if steps is None:
+        train_in_turns(arms, seconds, seconds_spent, branching=first)
+    else:
+        train_in_turns(arms, steps, steps_spent)
     speed = first.tokens / first.seconds
     ended = {arm.name: arm.curve[-1] for arm in arms}
     rows = []
     for arm in arms:
         point = ended[arm.name]
         per_step, window = arm.balance()
-        same_steps = first.loss_after(point.step) if arm is not first else point.loss
+        branched = steps is None and arm is not first
+        same_steps = first.loss_after(point.step) if branched else ended[first.name].loss
         rows.append(
             {
                 "contender": arm.name,
@@ -85,7 +91,7 @@ def train_together(runs: Mapping[str, RunConfig], ranks: Ranks, budget: float) -
                 "steps": point.step,
                 "speed": arm.tokens / arm.seconds / speed,
                 "loss": point.loss,
-                "equal time": point.loss - ended[first.name].loss,
+                "equal time": point.loss - ended[first.name].loss if steps is None else None,
                 "equal steps": point.loss - same_steps,
                 "per step": per_step,
                 "window": window,
@@ -104,6 +110,8 @@ def summed_up(rows: list[Row]) -> list[Row]:
 
         def spread(column: str, mine: list[Row] = mine) -> str:
             values = [row[column] for row in mine]
+            if None in values:
+                return "-"
             return f"{fmean(values):+.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
         table.append(
@@ -151,6 +159,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="training text: a file, or a folder of .txt files")
     parser.add_argument("--valid", type=Path, required=True, help="held-out text")
     parser.add_argument("--minutes", type=float, default=15.0, help="of each arm's training (default 15)")
+    parser.add_argument("--steps", type=at_least_one, help="of each arm instead of minutes, for quick trials")
     parser.add_argument("--seeds", type=at_least_one, default=1)
     parser.add_argument("--arms", type=Path, default=HERE / "quality_arms.yaml", help="YAML: name -> overrides")
     parser.add_argument("--only", nargs="+", metavar="ARM", help="of these; the first is what others are held against")
@@ -164,13 +173,14 @@ def main() -> None:
         ]
         ranks = start_processes()
         for runs in all_runs:
-            rows += train_together(runs, ranks, 60 * options.minutes)
+            rows += train_together(runs, ranks, 60 * options.minutes, options.steps)
             if options.json:  # a long run that is broken off keeps its whole seeds
                 options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         stop_processes()
     except UserError as error:
         raise SystemExit(f"benchmarks.quality: {error}") from error
-    show(f"{options.minutes:g} minutes of training, {options.seeds} seeds, {ranks.device.type}", summed_up(rows), None)
+    budget = f"{options.steps} steps" if options.steps else f"{options.minutes:g} minutes"
+    show(f"{budget} of training, {options.seeds} seeds, {ranks.device.type}", summed_up(rows), None)
     if options.plot:
         plot(rows, options.plot)
 

@@ -1,7 +1,7 @@
 """One arm of `benchmarks.quality`: a training run that goes on in turns, and of which a branch can be run later."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from statistics import median
 from typing import Any, NamedTuple
@@ -126,10 +126,21 @@ class Arm:
         return self._parts.evaluate().loss
 
 
-def train_in_turns(arms: Sequence[Arm], budget: float, branching: Arm | None = None) -> None:
-    """Train each arm for `budget` seconds of its own, a few at a time, so that a drifting machine slows all alike.
+def seconds_spent(arm: Arm) -> float:
+    return arm.seconds
+
+
+def steps_spent(arm: Arm) -> float:
+    return float(arm.step)
+
+
+def train_in_turns(
+    arms: Sequence[Arm], budget: float, spent: Callable[[Arm], float] = seconds_spent, branching: Arm | None = None
+) -> None:
+    """Train each arm for a budget of its own, a few seconds at a time, so that a drifting machine slows all alike.
 
     Args:
+        budget: of each, as `spent` counts it.
         branching: takes snapshots on its way, for `Arm.loss_after`.
     """
     running, kept = list(arms), 0
@@ -137,14 +148,14 @@ def train_in_turns(arms: Sequence[Arm], budget: float, branching: Arm | None = N
         arm.evaluate()
     while running:
         for arm in list(running):
-            spent = 0.0
-            while spent < TURN and arm.seconds < budget:
-                if arm is branching and arm.seconds >= kept * budget / SNAPSHOTS:
+            turn = 0.0
+            while turn < TURN and spent(arm) < budget:
+                if arm is branching and spent(arm) >= kept * budget / SNAPSHOTS:
                     arm.keep()
                     kept += 1
-                spent += arm.train(arm.seconds / budget)
-            done = arm.seconds >= budget
-            if done or arm.seconds >= len(arm.curve) * budget / EVALUATIONS:
+                turn += arm.train(spent(arm) / budget)
+            done = spent(arm) >= budget
+            if done or spent(arm) >= len(arm.curve) * budget / EVALUATIONS:
                 arm.evaluate()
             if done:
                 running.remove(arm)
