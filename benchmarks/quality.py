@@ -8,6 +8,8 @@ optimizer steps count as their time. The learning rate warms up over 100 steps a
 budget. `equal time` is an arm's held-out loss at its end less the first arm's; `equal steps` the same less that of the
 first arm given just as many steps, with its own fall of the learning rate (a branch from a snapshot). Negative is
 better than dense. Arms are overrides of quality_base.yaml, by default those of quality_arms.yaml.
+
+Seeds can be run side by side, in processes of one thread: `--first-seed 1`, and then `--with` the others' JSON.
 """
 
 import json
@@ -178,7 +180,11 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--valid", type=Path, required=True, help="held-out text")
     parser.add_argument("--minutes", type=float, default=15.0, help="of each arm's training (default 15)")
     parser.add_argument("--steps", type=at_least_one, help="of each arm instead of minutes, for quick trials")
-    parser.add_argument("--seeds", type=at_least_one, default=1)
+    parser.add_argument("--seeds", type=int, default=1, help="how many (default 1); 0: only show what `--with` names")
+    parser.add_argument("--first-seed", type=int, default=0, help="of as many in a row (default 0)")
+    parser.add_argument(
+        "--with", nargs="+", type=Path, default=[], dest="others", metavar="JSON", help="show these too"
+    )
     parser.add_argument("--arms", type=Path, default=HERE / "quality_arms.yaml", help="YAML: name -> overrides")
     parser.add_argument("--only", nargs="+", metavar="ARM", help="of these; the first is what others are held against")
     parser.add_argument("--plot", type=writable_file)
@@ -192,9 +198,10 @@ def main(words: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     rows: list[Row] = []
     try:
+        others = [row for path in options.others for row in json.loads(path.read_text(encoding="utf-8"))]
         seeds = [
             plans_of(options.arms, options.only, options.data, options.valid, seed, options.override)
-            for seed in range(options.seeds)
+            for seed in range(options.first_seed, options.first_seed + options.seeds)
         ]
         ranks = start_processes()
         for plans in seeds:
@@ -205,7 +212,9 @@ def main(words: Sequence[str] | None = None) -> None:
     except UserError as error:
         raise SystemExit(f"benchmarks.quality: {error}") from error
     budget = f"{options.steps} steps" if options.steps else f"{options.minutes:g} minutes"
-    show(f"{budget} of training, {options.seeds} seeds, {ranks.device.type}", summed_up(rows), None)
+    rows += others  # after the rows were written
+    count = len({row["seed"] for row in rows})
+    show(f"{budget} of training, {count} seeds, {options.threads} threads, {ranks.device.type}", summed_up(rows), None)
     if options.plot:
         plot(rows, options.plot)
 
