@@ -30,7 +30,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 def _pretrain(options: argparse.Namespace) -> int:
     def work() -> int:
-        from training.config import load_run_config  # heavy imports wait until they are needed
+        from training.start import load_run_config  # heavy imports wait until they are needed
 
         run = load_run_config(options.config, options.overrides)
         from training.pretrain import pretrain
@@ -46,10 +46,9 @@ def _pretrain(options: argparse.Namespace) -> int:
 
 def _finetune(options: argparse.Namespace) -> int:
     def work() -> int:
-        from training.config import load_config
-        from training.finetune.config import FinetuneConfig
+        from training.finetune.config import load_finetune_config
 
-        run = load_config(options.config, options.overrides, FinetuneConfig)
+        run = load_finetune_config(options.config, options.overrides)
         from training.finetune.finetune import finetune
 
         spoilt = (

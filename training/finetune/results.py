@@ -94,7 +94,7 @@ def save_seed(run: FinetuneConfig, seed: int, task: Task, trained: Trained, rank
         if run.lora:
             save_adapter(model, run.lora, staging / ADAPTER)
             merge_lora(model)
-        save_pretrained(model, staging / MODEL, start.tokenizer.to_str(pretty=True))
+        save_pretrained(model, staging / MODEL, start.tokenizer.to_str(pretty=True), lineage=start.lineage)
         save_reading(Reading(task=run.data.task, max_length=run.data.max_length), staging / MODEL)
         (staging / CONFIG).write_text(as_yaml(run), encoding="utf-8")
         (staging / SUMMARY).write_text(_json(summary), encoding="utf-8")
