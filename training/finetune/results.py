@@ -73,7 +73,9 @@ def save_seed(run: FinetuneConfig, seed: int, task: Task, trained: Trained, rank
     model.to(ranks.device).eval()
     tokens = run.train.micro_batch_tokens
     criterion = start.config.exits.criterion if start.config.exits else None
-    test = None if data.test is None else measured(model, data.test, run.data.task, tokens, criterion)
+    test = None
+    if data.test is not None:
+        test = measured(model, data.test, run.data.task, task.objective, tokens, criterion).metrics
     routing = trained.best.evaluation.routing
     summary: Summary = {
         "seed": seed,
