@@ -72,9 +72,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _launch(options: argparse.Namespace) -> int:
+    from training.config import load_run_config
     from training.finetune.config import load_finetune_config
     from training.launch.launch import Launch, launch, rendezvous, variables
-    from training.start import load_run_config
 
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
     if not words:

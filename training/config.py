@@ -17,6 +17,7 @@ from training.data.config import DataConfig
 from training.data.stream import StreamCorpus
 from training.data.tokenizer import TokenizerFile
 from training.exit_objective import ExitObjectiveConfig, JointConfig
+from training.start import fill_from_start
 
 
 class ObjectiveConfig(Config):
@@ -233,6 +234,24 @@ RESUMABLE = (
 )
 # What each machine may have its own of.
 LOCAL = ("data.cache_dir", "data.num_proc")
+
+
+def load_run_config(path: Path, overrides: list[str]) -> RunConfig:
+    """`load_config` of a pre-training.
+
+    With `start`, the model and the tokenizer that the file doesn't give are those of that folder; overrides of
+    `model` change them. A file that gives them, as a run's own `config.yaml` does, doesn't need the folder to be read.
+
+    Raises:
+        UserError: as `load_config`, and for a folder that holds no masked language model.
+    """
+    data = read_yaml(path)
+    begins = [override for override in overrides if override.partition("=")[0] == "start"]
+    for override in begins:
+        apply_override(data, override)
+    if isinstance(data.get("start"), str):
+        fill_from_start(data, Path(data["start"]))
+    return validated(data, [override for override in overrides if override not in begins], RunConfig, str(path))
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

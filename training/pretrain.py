@@ -45,7 +45,7 @@ from training.objective import MaskedLMObjective
 from training.optimizer_state import load_moments, on_main_rank, whole_parameters
 from training.resume import Checkpoint, agreed_checkpoint, read_checkpoint, restore_rng
 from training.run_dir import claimed
-from training.start import load_start, start_changes
+from training.start import load_start, start_encoder
 
 Summary = dict[str, Any]
 
@@ -133,7 +133,7 @@ def pretrain(run: RunConfig) -> Summary | None:
         refuse_uneven_experts(run, ranks)
         refuse_few_lanes(run.data.corpus, ranks.world)
         checkpoint = read_checkpoint(source, run) if source else None
-        changed = start_changes(run, Path(run.start)) if run.start is not None and source is None else []
+        changed = [] if source else start_changes(run)
         data = prepare(run.data, source / TOKENIZER if source else None)
         words = _fitting_vocabulary(data, run)
         sequences, sizes = fingerprint(data.train), file_sizes(data.train)
@@ -222,6 +222,18 @@ def refuse_other_configs(run: Config, ranks: Ranks) -> None:
             "not all ranks were given the same run; these differ from rank 0's:\n"
             f"{each}\ngive every machine the same config and overrides"
         )
+
+
+def start_changes(run: RunConfig) -> list[str]:
+    """Lines `path: old -> new` for what the run's model has otherwise than that of `run.start`.
+
+    Raises:
+        UserError: for a folder without one.
+    """
+    if run.start is None:
+        return []
+    old, new = (config.model_dump(mode="json") for config in (start_encoder(Path(run.start)), run.model))
+    return differences(old, new, (), "model.")
 
 
 def _fitting_vocabulary(data: PreparedData, run: RunConfig) -> Vocabulary:

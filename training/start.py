@@ -7,25 +7,19 @@ from moe.config import EncoderConfig
 from moe.heads import MaskedLM
 from moe.pretrained import CONFIG, TOKENIZER, WEIGHTS, load_weights, read_config, read_tensors
 from routing.errors import UserError
-from training.config import RunConfig, apply_override, differences, read_yaml, validated
 
 
-def load_run_config(path: Path, overrides: list[str]) -> RunConfig:
-    """`load_config` of a pre-training.
-
-    With `start`, the model and the tokenizer that the file doesn't give are those of that folder; overrides of
-    `model` change them. A file that gives them, as a run's own `config.yaml` does, doesn't need the folder to be read.
+def fill_from_start(data: dict[str, Any], folder: Path) -> None:
+    """Write into a config file's sections what they don't say of the model and the tokenizer: the folder's.
 
     Raises:
-        UserError: as `load_config`, and for a folder that holds no masked language model.
+        UserError: as `start_encoder`.
     """
-    data = read_yaml(path)
-    begins = [override for override in overrides if override.partition("=")[0] == "start"]
-    for override in begins:
-        apply_override(data, override)
-    if isinstance(data.get("start"), str):
-        _fill(data, Path(data["start"]))
-    return validated(data, [override for override in overrides if override not in begins], RunConfig, str(path))
+    if "model" not in data:
+        data["model"] = start_encoder(folder).model_dump(mode="json")
+    section = data.setdefault("data", {})
+    if isinstance(section, dict) and "tokenizer" not in section:
+        section["tokenizer"] = {"kind": "file", "path": str(folder / TOKENIZER)}
 
 
 def start_encoder(folder: Path) -> EncoderConfig:
@@ -41,12 +35,6 @@ def start_encoder(folder: Path) -> EncoderConfig:
             "on from it; give the model that it was fine-tuned from"
         )
     return encoder
-
-
-def start_changes(run: RunConfig, folder: Path) -> list[str]:
-    """Lines `path: old -> new` for what the run's model has otherwise than the folder's."""
-    old, new = (config.model_dump(mode="json") for config in (start_encoder(folder), run.model))
-    return differences(old, new, (), "model.")
 
 
 def load_start(model: MaskedLM, folder: Path) -> None:
@@ -66,12 +54,3 @@ def load_start(model: MaskedLM, folder: Path) -> None:
         load_weights(model, fresh | tensors, str(folder / WEIGHTS))
     except UserError as error:
         raise UserError(f"{error}; leave the section `model` out, and it is the folder's") from None
-
-
-def _fill(data: dict[str, Any], folder: Path) -> None:
-    """Write what the file doesn't say into its data."""
-    if "model" not in data:
-        data["model"] = start_encoder(folder).model_dump(mode="json")
-    section = data.setdefault("data", {})
-    if isinstance(section, dict) and "tokenizer" not in section:
-        section["tokenizer"] = {"kind": "file", "path": str(folder / TOKENIZER)}

@@ -9,9 +9,8 @@ import yaml
 
 from routing.errors import UserError
 from tests.training.conftest import ROOT
-from training.config import RunConfig, StableSchedule, differences, load_config
+from training.config import RunConfig, StableSchedule, differences, load_config, load_run_config
 from training.finetune.config import FinetuneConfig
-from training.start import load_run_config
 
 MINIMAL = """\
 run_dir: runs/a

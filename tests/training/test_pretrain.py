@@ -22,7 +22,7 @@ from tests.training.workers import assemble
 from training import step
 from training.checkpoint_files import find_fault
 from training.cli import main
-from training.config import RunConfig
+from training.config import RunConfig, load_run_config
 from training.data.packing import held_out_batches
 from training.data.prepare import prepare
 from training.data.tokenizer import vocabulary
@@ -31,7 +31,6 @@ from training.objective import MaskedLMObjective
 from training.optimizer_state import whole_parameters
 from training.pretrain import pretrain
 from training.resume import find_checkpoint
-from training.start import load_run_config
 
 pytestmark = pytest.mark.usefixtures("alone")
 

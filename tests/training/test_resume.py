@@ -9,10 +9,9 @@ from routing.errors import UserError
 from tests.training.conftest import run_ranks, saved_bits, write_yaml
 from tests.training.test_checkpoint_files import OPTIMIZER, flip_bit, truncate
 from tests.training.workers import pretrain_all
-from training.config import RunConfig
+from training.config import RunConfig, load_run_config
 from training.engine import Ranks
 from training.resume import find_checkpoint
-from training.start import load_run_config
 
 
 @pytest.fixture

@@ -18,7 +18,9 @@ from tests.training.conftest import write_yaml
 from tests.training.finetune.synthetic import ENCODER, tokenizer
 from training.checkpoint_files import find_fault
 from training.cli import main
-from training.start import load_run_config, load_start, start_changes
+from training.config import load_run_config
+from training.pretrain import start_changes
+from training.start import load_start
 
 CONFIG = "run.yaml"
 
@@ -68,7 +70,7 @@ def test_overrides_change_the_folders_model_and_are_told(
     assert (run.model.dropout, run.model.block.feed_forward.router.top_k) == (0.25, 3)
     assert run.data.tokenizer.path == str(first / "tokenizer.json")
     assert run.data.max_length == 32  # of the file
-    assert start_changes(run, first) == [f"{router}.top_k: 2 -> 3", "model.dropout: 0.1 -> 0.25"]
+    assert start_changes(run) == [f"{router}.top_k: 2 -> 3", "model.dropout: 0.1 -> 0.25"]
     # A folder named by an override is read before the other overrides.
     data = yaml.safe_load(goes_on.read_text())
     del data["start"]

@@ -21,7 +21,7 @@ from tests.training.forked import fork_ranks
 from training import checkpoint, step
 from training.checkpoint import Checkpoints
 from training.checkpoint_files import TrainState
-from training.config import RunConfig
+from training.config import RunConfig, load_run_config
 from training.data.errors import DataError
 from training.data.packing import TrainingStream
 from training.data.prepare import PreparedData, prepare
@@ -43,7 +43,6 @@ from training.optimizer_state import whole_moments, whole_parameters
 from training.pretrain import assemble as put_together
 from training.pretrain import pretrain, refuse_other_configs
 from training.resume import agreed_checkpoint
-from training.start import load_run_config
 
 
 def assemble(run: RunConfig, ranks: Ranks) -> tuple[Any, TrainingStream]:

@@ -63,10 +63,10 @@ def _inspect(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from training.config import load_run_config
     from training.plan.plan import make_sheet
     from training.plan.report import as_json, print_sheet
     from training.plan.specs import find_gpu
-    from training.start import load_run_config
 
     run, gpu = load_run_config(options.config, options.overrides), find_gpu(options.gpu)
     sheet = make_sheet(run, options.gpus, gpu, options.efficiency)

@@ -30,7 +30,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 def _pretrain(options: argparse.Namespace) -> int:
     def work() -> int:
-        from training.start import load_run_config  # heavy imports wait until they are needed
+        from training.config import load_run_config  # heavy imports wait until they are needed
 
         run = load_run_config(options.config, options.overrides)
         from training.pretrain import pretrain

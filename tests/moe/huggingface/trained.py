@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -63,24 +64,25 @@ def stepped(
     logged."""
     ours = model(losses, kind, **changes)
     before = {name: p.detach().clone() for name, p in ours.named_parameters()}
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=at_once,
-        gradient_accumulation_steps=accumulated,
-        max_steps=1,
-        learning_rate=1.0,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        use_cpu=True,
-        ddp_backend="gloo" if "RANK" in os.environ else None,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        train_sampling_strategy="sequential",
-    )
-    trainer = Trainer(model=ours, args=arguments, train_dataset=rows, callbacks=[hf.BalanceCallback()])
-    loss = trainer.train().training_loss
+    with mock.patch.dict(os.environ):  # accelerate leaves ranks there, which processes started later would believe
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=accumulated,
+            max_steps=1,
+            learning_rate=1.0,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            max_grad_norm=0.0,
+            use_cpu=True,
+            ddp_backend="gloo" if "RANK" in os.environ else None,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            train_sampling_strategy="sequential",
+        )
+        trainer = Trainer(model=ours, args=arguments, train_dataset=rows, callbacks=[hf.BalanceCallback()])
+        loss = trainer.train().training_loss
     taken = {name: before[name] - p.detach() for name, p in ours.named_parameters()}
     return taken | dict(ours.named_buffers()), loss
 

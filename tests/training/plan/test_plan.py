@@ -12,11 +12,10 @@ from routing.errors import UserError
 from tests.training.conftest import ROOT, write_yaml
 from tests.training.plan.runs import experts, small_run
 from training.cli import main
-from training.config import RunConfig
+from training.config import RunConfig, load_run_config
 from training.plan.plan import best, expert_sizes, make_plan, over_experts, over_gpus, over_stages
 from training.plan.report import unit_for
 from training.plan.specs import GPUS, find_gpu
-from training.start import load_run_config
 
 H100 = GPUS["h100"]
 LARGE = load_run_config(ROOT / "configs" / "large-64e.yaml", [])
