@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from moe.config import EncoderConfig
 from moe.files import whole_folder
 from moe.heads import MaskedLM
+from moe.lineage import LINEAGE, Step
 from moe.tasks.config import TaskConfig
 from moe.tasks.model import TaskModel
 from moe.tokenizer_config import TOKENIZER_CONFIG, tokenizer_config
@@ -40,6 +41,7 @@ def save_pretrained(
     folder: str | Path,
     tokenizer: str | None = None,
     tensors: dict[str, Tensor] | None = None,
+    lineage: Sequence[Step] = (),
 ) -> None:
     """Write a model to a folder, whole or not at all; an older model there is replaced.
 
@@ -48,16 +50,21 @@ def save_pretrained(
         folder: created if need be.
         tokenizer: the content of a `tokenizer.json`; without it the folder has none, whatever the model was read from.
         tensors: weights by canonical name, where the model itself holds only a part of them (ZeRO-3).
+        lineage: the steps that it came about by (`moe/lineage.py`).
 
     Raises:
         UserError: if the folder can't be written.
     """
     with whole_folder(Path(folder)) as staging:
-        write_model(model, staging, tokenizer, tensors)
+        write_model(model, staging, tokenizer, tensors, lineage)
 
 
 def write_model(
-    model: MaskedLM | TaskModel, folder: Path, tokenizer: str | None = None, tensors: dict[str, Tensor] | None = None
+    model: MaskedLM | TaskModel,
+    folder: Path,
+    tokenizer: str | None = None,
+    tensors: dict[str, Tensor] | None = None,
+    lineage: Sequence[Step] = (),
 ) -> None:
     """The files of `save_pretrained`, into a folder that is there."""
     task = model.task if isinstance(model, TaskModel) else None
@@ -71,6 +78,8 @@ def write_model(
     state = model.state_dict() if tensors is None else tensors
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_tensors({name: t.detach().cpu().contiguous() for name, t in state.items()}, folder / WEIGHTS)
+    if lineage:
+        (folder / LINEAGE).write_text(json.dumps(list(lineage), indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
         (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
         beside = tokenizer_config(tokenizer, model.config.positions.max_length if model.config.positions else None)
@@ -106,7 +115,7 @@ def task_from_pretrained(folder: str | Path) -> TaskModel:
 def load_model(folder: str | Path) -> MaskedLM | TaskModel:
     """As `from_pretrained`, of whichever model the folder holds."""
     folder = Path(folder)
-    encoder, task = _read_config(folder / CONFIG)
+    encoder, task = read_config(folder / CONFIG)
     model = MaskedLM(encoder) if task is None else TaskModel(encoder, task)
     load_weights(model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS), keep_dtype=True)
     return model.eval()
@@ -167,7 +176,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def _read_config(path: Path) -> tuple[EncoderConfig, TaskConfig | None]:
+def read_config(path: Path) -> tuple[EncoderConfig, TaskConfig | None]:
+    """What a folder's `config.json` describes.
+
+    Raises:
+        UserError: if there is none, or as `parse_config`.
+    """
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -8,18 +8,21 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+import yaml
+
 from moe.files import sync
 from routing.errors import UserError
 from training.data.errors import DataError
-from training.predictor import Predictor, load_predictor
+from training.data.sources import matching
+from training.predictor import Measured, Predictor, load_predictor
 
 STANDARD = Path("-")  # in place of a file: standard input or output
 
 
 def evaluate_file(
     model: Path, data: str, tokens: int, overrides: Sequence[str], exit_threshold: float | None = None
-) -> dict[str, float]:
-    """The task's metrics on a labelled file.
+) -> Measured:
+    """How good a model is on a labelled file.
 
     Args:
         tokens: that are computed at a time, at most.
@@ -29,7 +32,25 @@ def evaluate_file(
     Raises:
         UserError: for a model or a file that can't be used.
     """
-    return _predictor(model, tokens, overrides, exit_threshold).evaluate(data)
+    return _predictor(model, tokens, overrides, exit_threshold).measure(data)
+
+
+def set_of(model: Path, file: str) -> str | None:
+    """Which of its run's sets a file is of: `train`, `held_out` or `test`; None if that isn't known, or none.
+
+    Args:
+        model: its folder, which the run's `config.yaml` stands above.
+    """
+    try:
+        run = yaml.safe_load((model.resolve().parent / "config.yaml").read_text(encoding="utf-8"))
+        sets = {name: run["data"][name] for name in ("test", "held_out", "train")}
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+        return None
+    for name, source in sets.items():
+        with suppress(DataError):  # files that aren't there any more
+            if isinstance(source, dict) and os.path.abspath(file) in matching(source.get("files") or []):
+                return name
+    return None
 
 
 def predict_file(

@@ -3,9 +3,10 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from training.process import end_forks_with_parent, end_with_parent, launched, quiet_torch, tune_cpu
 
@@ -15,6 +16,10 @@ end_forks_with_parent()
 with quiet_torch() if sys.argv[1:2] == ["launch"] else nullcontext():  # what befalls a launcher is told in a line
     from routing.errors import UserError
     from training.commands import answer, look, models, train
+
+if TYPE_CHECKING:
+    from training.config import RunConfig
+    from training.finetune.config import FinetuneConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    from training.config import RunConfig, load_config
-    from training.finetune.config import FinetuneConfig
+    from training.config import load_run_config
+    from training.finetune.config import load_finetune_config
     from training.launch.launch import Launch, launch, rendezvous, variables
 
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
@@ -77,14 +82,15 @@ def _launch(options: argparse.Namespace) -> int:
     if words[0] == "launch":
         raise UserError("launch can't launch itself; say what to run, such as: -- pretrain CONFIG.yaml")
     command = _parse(words)
-    kinds: dict[str, type[RunConfig] | type[FinetuneConfig]] = {"pretrain": RunConfig, "finetune": FinetuneConfig}
-    if command.command not in kinds:
+    readers: dict[str, Callable[[Path, list[str]], RunConfig | FinetuneConfig]] = {
+        "pretrain": load_run_config,
+        "finetune": load_finetune_config,
+    }
+    if command.command not in readers:
         raise UserError(
             f"{words[0]} is no work for several ranks, which would each do all of it; run: moe {' '.join(words)}"
         )
-    run = load_config(
-        command.config, command.overrides, kinds[command.command]
-    )  # a mistake is told once, not by every rank
+    run = readers[command.command](command.config, command.overrides)  # a mistake is told once, not by every rank
     meeting = rendezvous(options.nodes, options.rendezvous, options.last_call)
     return launch(
         Launch(options.ranks, words, variables(options.env), options.hostfile, meeting, options.restarts), run

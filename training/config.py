@@ -15,7 +15,9 @@ from routing.errors import UserError
 from training.alarms import AlarmConfig, TellAlarm
 from training.data.config import DataConfig
 from training.data.stream import StreamCorpus
+from training.data.tokenizer import TokenizerFile
 from training.exit_objective import ExitObjectiveConfig, JointConfig
+from training.start import fill_from_start
 
 
 class ObjectiveConfig(Config):
@@ -144,6 +146,7 @@ class RunConfig(Config):
 
     run_dir: str
     seed: int = Field(default=0, ge=0, lt=2**63 - 2**20)  # ranks add theirs
+    start: str | None = None  # a model's folder to go on from (training/start.py); None: random weights
     model: EncoderConfig = EncoderConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -156,6 +159,11 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
+        if self.start is not None and not isinstance(self.data.tokenizer, TokenizerFile):
+            raise ValueError(
+                f"start = {self.start} is a model that has a tokenizer of its own, but data.tokenizer is of kind "
+                f"{self.data.tokenizer.kind}; leave data.tokenizer out, and it is the folder's"
+            )
         wanted = getattr(self.data.tokenizer, "vocab_size", 0)
         if wanted > self.model.vocab_size:
             raise ValueError(
@@ -229,8 +237,21 @@ LOCAL = ("data.cache_dir", "data.num_proc")
 
 
 def load_run_config(path: Path, overrides: list[str]) -> RunConfig:
-    """`load_config` of a pre-training."""
-    return load_config(path, overrides, RunConfig)
+    """`load_config` of a pre-training.
+
+    With `start`, the model and the tokenizer that the file doesn't give are those of that folder; overrides of
+    `model` change them. A file that gives them, as a run's own `config.yaml` does, doesn't need the folder to be read.
+
+    Raises:
+        UserError: as `load_config`, and for a folder that holds no masked language model.
+    """
+    data = read_yaml(path)
+    begins = [override for override in overrides if override.partition("=")[0] == "start"]
+    for override in begins:
+        apply_override(data, override)
+    if isinstance(data.get("start"), str):
+        fill_from_start(data, Path(data["start"]))
+    return validated(data, [override for override in overrides if override not in begins], RunConfig, str(path))
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -242,6 +263,15 @@ def load_config(path: Path, overrides: list[str], kind: type[ConfigT]) -> Config
     Raises:
         UserError: for a missing or malformed file, and for every invalid key or value, named by its path.
     """
+    return validated(read_yaml(path), overrides, kind, str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A config file's sections.
+
+    Raises:
+        UserError: if it is missing or malformed.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -252,12 +282,21 @@ def load_config(path: Path, overrides: list[str], kind: type[ConfigT]) -> Config
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} holds {type(data).__name__}, not sections such as `model:` and `train:`")
+    return data
+
+
+def validated(data: dict[str, Any], overrides: list[str], kind: type[ConfigT], source: str) -> ConfigT:
+    """A config of a file's data, to which overrides are applied.
+
+    Raises:
+        UserError: for every invalid key or value, named by its path in `source`.
+    """
     for override in overrides:
         apply_override(data, override)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise UserError(describe_errors(error, data, str(path))) from error
+        raise UserError(describe_errors(error, data, source)) from error
 
 
 def describe_errors(error: ValidationError, data: dict[str, Any], source: str, what: str = "run") -> str:

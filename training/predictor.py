@@ -5,6 +5,7 @@ for answer in predict(["A text.", "Another one."]):
     print(answer["label"], answer["scores"])
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -23,11 +24,13 @@ from moe.pretrained import task_from_pretrained
 from moe.tasks.config import ClassificationConfig, MultiLabelConfig, TaskConfig
 from moe.tasks.model import TaskModel
 from routing.errors import UserError
+from training.finetune.best import LOSS
+from training.finetune.objective import TaskObjective
 from training.finetune.reading import Reading, load_reading
 from training.finetune.start import read_tokenizer
 from training.tasks.batches import TaskBatch, evaluation_batches
-from training.tasks.config import ExampleFiles, TaskDataConfig, TaskSpec
-from training.tasks.decode import Outputs, item_outputs, label_scores, predictions, references
+from training.tasks.config import ExampleFiles, QuestionAnsweringSpec, TaskDataConfig, TaskSpec
+from training.tasks.decode import Outputs, item_outputs, label_scores, predictions, question_answers, references
 from training.tasks.encode import Encoded
 from training.tasks.metrics import task_metrics
 from training.tasks.prepare import prediction_windows, prepare_examples
@@ -55,10 +58,11 @@ class Predictor(NamedTuple):
                 as when the model was trained.
 
         Returns:
-            classification: `label`, `scores` (probability by label); multi_label: `labels`, `scores`; regression:
-            `score`; token_classification: `labels` and their probabilities `scores`, of each word (None where
-            `max_length` cut it off); question_answering: `answer`, "" for none; embedding: `embedding`, or of a pair
-            `embeddings` and their `similarity`.
+            classification: `label`; multi_label: `labels`; token_classification: `labels` of each word;
+            question_answering: `answer`, "" for none. All four have `scores`, which are probabilities: of each label
+            by name; of each word's label (None where `max_length` cut the word off); of the best answer and of none,
+            by text (`windows.best_answer`). regression: `score`, the number itself; embedding: `embedding`, or of a
+            pair `embeddings` and their `similarity`.
 
         Raises:
             DataError: naming the row, for a text that is missing or isn't one.
@@ -85,8 +89,13 @@ class Predictor(NamedTuple):
             yield from described(self.model.task, self.reading.task, encoded, found)
 
     def evaluate(self, file: str, cache_dir: str | None = None) -> dict[str, float]:
-        """The task's metrics on a labelled file: JSON lines, CSV, TSV or parquet. And of a model with exits, the mean
-        number of `layers` that a sequence went through.
+        """The metrics of `measure`."""
+        return self.measure(file, cache_dir).metrics
+
+    def measure(self, file: str, cache_dir: str | None = None) -> "Measured":
+        """How good the model is on a labelled file: JSON lines, CSV, TSV or parquet.
+
+        The loss is that of fine-tuning without class weights, and with the usual temperature.
 
         Raises:
             DataError: for a label that the model doesn't know, and for whatever can't be read.
@@ -96,14 +105,27 @@ class Predictor(NamedTuple):
             train=examples, task=self.reading.task, max_length=self.reading.max_length, cache_dir=cache_dir
         )
         encoded = prepare_examples(examples, data, self.model.task, self.tokenizer)
-        return measured(self.model, encoded, self.reading.task, self.micro_batch_tokens, self.criterion)
+        scored = "target" in encoded.items.column_names
+        objective = TaskObjective(self.model.task, self.model.config.depth, scored=scored)
+        return measured(self.model, encoded, self.reading.task, objective, self.micro_batch_tokens, self.criterion)
 
 
 class Answered(NamedTuple):
-    """What a model said of every item, and how many layers each of its sequences went through."""
+    """What a model said of every item."""
 
     outputs: Outputs
-    layers: list[int]
+    layers: list[int]  # that each sequence went through
+    loss: float  # summed over targets; 0 without an objective
+    weight: float  # of the targets
+
+
+class Measured(NamedTuple):
+    """How good a model is on a labelled set."""
+
+    metrics: dict[str, float]  # `loss`, the mean over targets, the task's, and with a criterion the mean of `layers`
+    rows: int
+    targets: float  # that the loss is the mean of; with class weights, their sum
+    exits: dict[int, int]  # with a criterion, sequences by the layer behind which they left
 
 
 def load_predictor(
@@ -130,11 +152,21 @@ def load_predictor(
 
 
 @torch.no_grad()
-def outputs_of(model: TaskModel, batches: Iterable[TaskBatch], criterion: CriterionConfig | None = None) -> Answered:
-    """Run a model in evaluation mode; with a criterion, sequences leave at its exits."""
+def outputs_of(
+    model: TaskModel,
+    batches: Iterable[TaskBatch],
+    criterion: CriterionConfig | None = None,
+    objective: TaskObjective | None = None,
+) -> Answered:
+    """Run a model in evaluation mode; with a criterion, sequences leave at its exits.
+
+    Args:
+        objective: what is lost on labelled batches, by the answers that are given.
+    """
     device = next(model.parameters()).device
     found: Outputs = {}
     layers: list[int] = []
+    loss = weight = 0.0
     for batch in batches:
         ids, where, segments = (
             batch.input_ids.to(device),
@@ -149,32 +181,44 @@ def outputs_of(model: TaskModel, batches: Iterable[TaskBatch], criterion: Criter
             logits = early.logits
             layers += (early.exit_layer + 1).tolist()
         found |= item_outputs(batch, logits, model.task)
-    return Answered(found, layers)
+        if objective is not None:
+            loss += float(objective.sequence_losses(logits, batch).double().sum())
+            weight += objective.weight(batch)
+    return Answered(found, layers, loss, weight)
 
 
 def measured(
     model: TaskModel,
     data: Encoded,
     spec: TaskSpec,
+    objective: TaskObjective,
     micro_batch_tokens: int,
     criterion: CriterionConfig | None = None,
-) -> dict[str, float]:
-    """A model's metrics on a labelled set; with a criterion also the mean number of layers."""
+) -> Measured:
+    """A model on a labelled set; with a criterion, what leaves where it does."""
     batches = evaluation_batches(data.items, model.task, spec, micro_batch_tokens=micro_batch_tokens)
-    found = outputs_of(model, batches, criterion)
+    found = outputs_of(model, batches, criterion, objective)
     answers = predictions(model.task, spec, data, found.outputs)
     metrics = task_metrics(model.task, answers, references(model.task, data))
-    return metrics if criterion is None else metrics | {"layers": fmean(found.layers)}
+    metrics = {LOSS.name: found.loss / (found.weight or 1.0), **metrics}
+    if criterion is None:
+        return Measured(metrics, len(data.examples), found.weight, {})
+    exits = Counter(layers - 1 for layers in found.layers)
+    return Measured(
+        metrics | {"layers": fmean(found.layers)}, len(data.examples), found.weight, dict(sorted(exits.items()))
+    )
 
 
 def described(task: TaskConfig, spec: TaskSpec, encoded: Encoded, outputs: Outputs) -> Iterator[Prediction]:
     """What `Predictor.__call__` returns, from the outputs of all items."""
+    if isinstance(spec, QuestionAnsweringSpec):
+        found = question_answers(spec, encoded, [outputs[item] for item in range(len(encoded.items))])
+        yield from ({"answer": answer.text, "scores": answer.scores} for answer in found)
+        return
     answers = predictions(task, spec, encoded, outputs)
     match task.kind:
         case "regression":
             yield from ({"score": answer} for answer in answers)
-        case "question_answering":
-            yield from ({"answer": answer} for answer in answers)
         case "token_classification":
             for row, (words, labels) in enumerate(zip(encoded.items["words"], answers, strict=True)):
                 yield {"labels": labels, "scores": _word_scores(words, outputs[row])}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe.files import write_file
 from moe.heads import MaskedLM
+from moe.lineage import Step, read_lineage, source_name
 from moe.pretrained import TOKENIZER, load_weights, save_pretrained
 from routing import report
 from routing.config import Config
@@ -44,6 +45,7 @@ from training.objective import MaskedLMObjective
 from training.optimizer_state import load_moments, on_main_rank, whole_parameters
 from training.resume import Checkpoint, agreed_checkpoint, read_checkpoint, restore_rng
 from training.run_dir import claimed
+from training.start import load_start, start_encoder
 
 Summary = dict[str, Any]
 
@@ -62,7 +64,7 @@ def assemble(
     """Build a run's model, engine and data streams, at step 0. Collective.
 
     Args:
-        weights: to start from; default: fresh ones, from the run's seed.
+        weights: a checkpoint's; default: those of `run.start`, or fresh ones, from the run's seed.
 
     Raises:
         UserError: if the tokenizer or the weights don't fit the model, or the ranks the stream.
@@ -82,6 +84,9 @@ def assemble(
     model = MaskedLM(run.model)
     if weights is not None:
         load_weights(model, weights, "the checkpoint")
+    elif run.start is not None:
+        with together():
+            load_start(model, Path(run.start))
     model.encoder.recompute_blocks = run.train.activation_checkpointing
     engine = build_engine(model, run, stream.accumulation, ranks)
     torch.manual_seed(run.seed + 1 + ranks.rank)  # dropout differs between ranks
@@ -128,6 +133,7 @@ def pretrain(run: RunConfig) -> Summary | None:
         refuse_uneven_experts(run, ranks)
         refuse_few_lanes(run.data.corpus, ranks.world)
         checkpoint = read_checkpoint(source, run) if source else None
+        changed = [] if source else start_changes(run)
         data = prepare(run.data, source / TOKENIZER if source else None)
         words = _fitting_vocabulary(data, run)
         sequences, sizes = fingerprint(data.train), file_sizes(data.train)
@@ -158,13 +164,15 @@ def pretrain(run: RunConfig) -> Summary | None:
             load_moments(engine, checkpoint.optimizer, state.step)
             restore_rng(checkpoint.rng, ranks)
             del checkpoint  # closes its files
+        started = [] if source or run.start is None else [f", from {run.start}", *changed]
         entropy = unigram_entropy(data.held_out, words, run.train.evaluation_tokens)
         console.print(
             f"{folder}: encoder of {run.model.num_params():,} parameters, {run.model.num_active_params():,} active per "
             f"token; {ranks.world} x {ranks.device.type}\n"
             f"{state.data}; step {state.step} of {run.train.max_steps}"
-            + (f", resumed from {source}" if source else "")
-            + f"\nheld-out loss {before.loss:.4f}, unigram entropy {entropy:.4f} nats"
+            + (f", resumed from {source}" if source else "\n  ".join(started))
+            + f"\nheld-out loss {before.loss:.4f}, unigram entropy {entropy:.4f} nats",
+            markup=False,
         )
         log, by_design = None, routed_by_design(engine.module)
         if ranks.is_main:
@@ -188,7 +196,7 @@ def pretrain(run: RunConfig) -> Summary | None:
         weights = on_main_rank(whole_parameters(engine), ranks)
         if log is None:
             return None
-        save_pretrained(engine.module, folder / "model", tokenizer, weights)
+        save_pretrained(engine.module, folder / "model", tokenizer, weights, _lineage(run, state))
         summary = _summary(state, after, entropy, ranks, by_design)
         write_file(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
         console.print(routing_table(after.routing, by_design) if after.routing else "no routed layer")
@@ -214,6 +222,18 @@ def refuse_other_configs(run: Config, ranks: Ranks) -> None:
             "not all ranks were given the same run; these differ from rank 0's:\n"
             f"{each}\ngive every machine the same config and overrides"
         )
+
+
+def start_changes(run: RunConfig) -> list[str]:
+    """Lines `path: old -> new` for what the run's model has otherwise than that of `run.start`.
+
+    Raises:
+        UserError: for a folder without one.
+    """
+    if run.start is None:
+        return []
+    old, new = (config.model_dump(mode="json") for config in (start_encoder(Path(run.start)), run.model))
+    return differences(old, new, (), "model.")
 
 
 def _fitting_vocabulary(data: PreparedData, run: RunConfig) -> Vocabulary:
@@ -245,6 +265,15 @@ def _warn_of_other_sizes(checkpoint: Checkpoint, sizes: Mapping[str, int], conso
             "and documents are read twice or never: restore the files then",
             markup=False,
         )
+
+
+def _lineage(run: RunConfig, state: TrainState) -> list[Step]:
+    """Of a run that began with somebody's weights."""
+    if run.start is None:
+        return []
+    start = Path(run.start)
+    step = {"command": "pretrain", "source": source_name(start), "steps": state.step, "tokens": state.tokens}
+    return [*read_lineage(start), step]
 
 
 def _summary(state: TrainState, after: Evaluation, entropy: float, ranks: Ranks, by_design: set[str]) -> Summary:

@@ -15,6 +15,7 @@ from moe.attention.pruning import prune_heads
 from moe.experts.pruning import By, prune_experts
 from moe.experts.usage import ExpertUsage, watch_experts
 from moe.heads import MaskedLM
+from moe.lineage import read_lineage, source_name
 from moe.pretrained import TOKENIZER, load_model, save_pretrained
 from moe.tasks.model import TaskModel
 from routing.errors import UserError
@@ -74,7 +75,23 @@ def run_prune(request: Request, console: Console) -> None:
     if quality:
         console.print(_table(before, after, str(request.data)))
     tokenizer = request.model / TOKENIZER
-    save_pretrained(pruned, request.out, tokenizer.read_text(encoding="utf-8") if tokenizer.exists() else None)
+    step = {
+        "command": "prune",
+        "source": source_name(request.model),
+        "experts_by": request.experts_by,
+        "keep": request.keep,
+        "layers": request.layers,
+        "heads": request.heads,
+        "data": request.data.name if request.data else None,
+        "before": before,
+        "after": after,
+    }
+    save_pretrained(
+        pruned,
+        request.out,
+        tokenizer.read_text(encoding="utf-8") if tokenizer.exists() else None,
+        lineage=[*read_lineage(request.model), step],
+    )
     if isinstance(model, TaskModel) and (request.model / READING).exists():
         save_reading(load_reading(request.model, model.task, model.config, []), request.out)
 

@@ -3,7 +3,7 @@
 import json
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe.config import EncoderConfig, EveryNth
 from moe.heads import MaskedLM
+from moe.lineage import read_lineage, source_name
 from moe.pretrained import CONFIG, MODEL_TYPE, TOKENIZER, load_model, save_pretrained
 from moe.published.load import from_published
 from moe.tasks.model import TaskModel
@@ -31,6 +32,7 @@ class Dense(NamedTuple):
     model: MaskedLM | TaskModel  # float32
     tokenizer: str | None
     has_head: bool = True  # whether its logits are anybody's
+    architecture: str = MODEL_TYPE  # its config's `model_type`
     left_out: tuple[str, ...] = ()  # tensors of a published folder that nothing of ours is for
 
 
@@ -86,7 +88,8 @@ def run_upcycle(request: Request, console: Console) -> None:
         raise UserError(
             f"outputs on {far[0]} differ by more than {TOLERANCE:.0e}, so nothing was written; or give --inexact"
         )
-    save_pretrained(routed, request.out, tokenizer=dense.tokenizer)
+    step = {**_asked(request), "architecture": dense.architecture, "difference": _measured(found, dense.has_head)}
+    save_pretrained(routed, request.out, dense.tokenizer, lineage=[*read_lineage(request.dense), step])
 
 
 def read_dense(folder: Path) -> Dense:
@@ -101,7 +104,7 @@ def read_dense(folder: Path) -> Dense:
         kind = None  # told below, by who reads it
     if kind != MODEL_TYPE:
         read = from_published(folder)
-        return Dense(read.model, read.tokenizer, read.has_head, read.left_out)
+        return Dense(read.model, read.tokenizer, read.has_head, str(kind), read.left_out)
     model, file = load_model(folder), folder / TOKENIZER
     return Dense(model.float(), file.read_text(encoding="utf-8") if file.exists() else None)
 
@@ -185,6 +188,19 @@ def _text_batches(file: Path, dense: Dense) -> Batches:
     tokenizer.enable_padding()
     encoded = tokenizer.encode_batch(texts)
     return [(torch.tensor([e.ids for e in encoded]), torch.tensor([e.attention_mask for e in encoded]))]
+
+
+def _asked(request: Request) -> dict[str, Any]:
+    """What the lineage tells of a request: what isn't said isn't told."""
+    own = ("dense", "out", "data")
+    given = {name: value for name, value in request._asdict().items() if name not in own}
+    if request.heads is None:
+        given = {name: value for name, value in given.items() if not name.startswith("heads")}
+    return {"command": "upcycle", "source": source_name(request.dense), **given}
+
+
+def _measured(found: dict[str, Difference], has_head: bool) -> dict[str, dict[str, float]]:
+    return {name: off._asdict() if has_head else {"states": off.states} for name, off in found.items()}
 
 
 def _too_far(off: Difference, has_head: bool) -> bool:

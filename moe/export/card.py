@@ -12,6 +12,7 @@ from moe.config import BlockConfig
 from moe.experts.config import ExpertsConfig
 from moe.export.measured import evaluation_tables, routing_tables, table
 from moe.heads import MaskedLM
+from moe.lineage import lineage_lines, read_lineage
 from moe.tasks.model import TaskModel
 
 CARD = "README.md"
@@ -41,7 +42,8 @@ def model_card(model: MaskedLM | TaskModel, source: Path, form: Format, checked:
 
     Args:
         model: the one that is exported.
-        source: the folder it was read from; a run's `config.yaml` and `summary.json` are in it or above it.
+        source: the folder it was read from, with its `lineage.json`; a run's `config.yaml` and `summary.json` are in it
+            or above it.
         form: what is exported.
         checked: what was compared, and how far apart it was.
     """
@@ -67,6 +69,8 @@ def model_card(model: MaskedLM | TaskModel, source: Path, form: Format, checked:
         table(("layers", "attention", "feed-forward"), _layers(model)),
     ]
     sections += routing_tables(summary)
+    if lineage := lineage_lines(read_lineage(source)):
+        sections += ["## Where it came from\n", "\n".join(lineage) + "\n"]
     sections.append("## Data\n")
     if "data" in run:
         sections.append(

@@ -11,6 +11,7 @@ from moe.export.card import CARD, Format, model_card
 from moe.export.onnx import NAME, examples, export_onnx
 from moe.files import whole_folder
 from moe.heads import MaskedLM
+from moe.lineage import read_lineage
 from moe.pretrained import ARCHITECTURES, CONFIG, READING, TOKENIZER, WEIGHTS, load_model, write_model
 from moe.tasks.config import EmbeddingConfig
 from moe.tasks.model import TaskModel
@@ -35,7 +36,7 @@ def export(source: Path, out: Path, form: Format) -> str:
     path = source / TOKENIZER
     tokenizer = path.read_text(encoding="utf-8") if path.exists() else None
     with whole_folder(out) as staging:
-        write_model(model, staging, tokenizer)
+        write_model(model, staging, tokenizer, lineage=read_lineage(source))
         if form == "onnx":
             error = export_onnx(model, staging)
             (staging / WEIGHTS).unlink()  # they are in the graph

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from moe.huggingface.balance import BalanceCallback, update_balance
 from moe.huggingface.config import RoutedEncoderConfig
 from moe.huggingface.models import (
     RoutedEncoderForMaskedLM,
@@ -31,6 +32,7 @@ from moe.huggingface.outputs import RoutedAnswer, RoutedEncoderOutput, RoutedPre
 from moe.pretrained import MODEL_TYPE
 
 __all__ = [
+    "BalanceCallback",
     "RoutedAnswer",
     "RoutedEncoderConfig",
     "RoutedEncoderForMaskedLM",
@@ -40,6 +42,7 @@ __all__ = [
     "RoutedEncoderModel",
     "RoutedEncoderOutput",
     "RoutedPrediction",
+    "update_balance",
 ]
 
 AutoConfig.register(MODEL_TYPE, RoutedEncoderConfig, exist_ok=True)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe.huggingface.balance import ENDED
 from routing import Router, RoutingStats, routing_loss
 
 IGNORED = -100  # of a label: not a target
-_SCHEDULED = 2**62  # an optimizer step: coefficients that change have come to their end
 
 
 def auxiliary_loss(stats: Mapping[str, RoutingStats], routers: Mapping[str, Router]) -> Tensor:
@@ -25,7 +25,7 @@ def auxiliary_loss(stats: Mapping[str, RoutingStats], routers: Mapping[str, Rout
     total = torch.zeros(())
     for name, of_router in stats.items():
         total = total.to(of_router.prob_sum.device)
-        total = total + routing_loss(of_router, routers[name].config.losses, step=_SCHEDULED)[0]
+        total = total + routing_loss(of_router, routers[name].config.losses, step=ENDED)[0]
     return total
 
 

@@ -51,7 +51,7 @@ def test_a_resolved_run_reads_back_as_itself(load: Callable[..., RunConfig]) -> 
     ("override", "message"),
     [
         ("trian.max_steps=5", "unknown key 'trian': did you mean 'train'? "),
-        ("zzz=1", "unknown key 'zzz': valid keys are run_dir, seed, model, data, "),
+        ("zzz=1", "unknown key 'zzz': valid keys are run_dir, seed, start, model, data, "),
         ("model.widht=8", "model: unknown key 'widht': did you mean 'width'? "),
         (
             "model.block.feed_forward.router.topk=2",

@@ -11,6 +11,7 @@ from torch import nn
 
 import moe
 from moe import MaskedLM, TaskModel
+from moe.lineage import read_lineage
 from moe.pretrained import load_model
 from moe.tasks.config import ClassificationConfig
 from tests.training.finetune.synthetic import COLOURS, ENCODER, save_base, tokenizer, write_rows
@@ -56,6 +57,10 @@ def test_experts_without_load_go_and_the_loss_stays(tmp_path: Path, capsys: pyte
     pruned = moe.from_pretrained(out)
     assert f"{pruned.config.num_params():,}" in printed
     assert [block.feed_forward.count for block in pruned.config.blocks()] == [2, 4]
+    (step,) = read_lineage(out)
+    assert {step[name] for name in ("command", "experts_by", "keep", "data")} == {"prune", "load", 2, "text.txt"}
+    assert step["before"]["masked-LM loss, nats"] == pytest.approx(before, abs=1e-4)
+    assert step["after"]["masked-LM loss, nats"] == pytest.approx(after, abs=1e-4)
     assert (out / "tokenizer.json").read_text() == (model / "tokenizer.json").read_text()
     ids = torch.randint(5, 20, (3, 8))
     torch.testing.assert_close(pruned(ids).logits, moe.from_pretrained(model)(ids).logits, rtol=1e-4, atol=1e-4)

@@ -7,6 +7,12 @@ from pathlib import Path
 
 from training.commands.output import write_json
 
+_SETS = {
+    "train": "its run's training examples",
+    "held_out": "its run's held-out examples, which chose its state",
+    "test": "its run's test examples",
+}
+
 
 def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare them to the command line."""
@@ -46,14 +52,21 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 def _evaluate(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from training.answers import evaluate_file
+    from training.answers import evaluate_file, set_of
 
-    metrics = evaluate_file(options.model, options.data, options.tokens, options.overrides, options.exit_threshold)
-    console = Console(soft_wrap=True)
-    for name, value in metrics.items():
+    found = evaluate_file(options.model, options.data, options.tokens, options.overrides, options.exit_threshold)
+    of_run = set_of(options.model, options.data)
+    console = Console(soft_wrap=True, highlight=False)
+    known = f" ({_SETS[of_run]})" if of_run else ""
+    console.print(f"{options.data}{known}: {found.rows:,} rows, {found.targets:,.0f} targets", markup=False)
+    for name, value in found.metrics.items():
         console.print(f"{name:20}{value:.4f}")
+    sequences = sum(found.exits.values())
+    for layer, count in found.exits.items():
+        console.print(f"left behind layer {layer:<3}{count:,} of {sequences:,} sequences")
     if options.json:
-        write_json(options.json, metrics)
+        counts = {"data": options.data, "set": of_run, "rows": found.rows, "targets": found.targets}
+        write_json(options.json, {**found.metrics, **counts, "exits": found.exits})
     return 0
 
 

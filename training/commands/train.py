@@ -46,10 +46,9 @@ def _pretrain(options: argparse.Namespace) -> int:
 
 def _finetune(options: argparse.Namespace) -> int:
     def work() -> int:
-        from training.config import load_config
-        from training.finetune.config import FinetuneConfig
+        from training.finetune.config import load_finetune_config
 
-        run = load_config(options.config, options.overrides, FinetuneConfig)
+        run = load_finetune_config(options.config, options.overrides)
         from training.finetune.finetune import finetune
 
         spoilt = (

@@ -1,5 +1,6 @@
 """FinetuneConfig: everything a fine-tuning is, read from YAML and `a.b=value` overrides."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -9,7 +10,7 @@ from moe.exits.config import ExitsConfig
 from moe.exits.criteria import check_criterion
 from moe.lora import LoraConfig
 from routing.config import Config
-from training.config import AdamWConfig, EngineConfig, LogConfig, ParallelConfig
+from training.config import AdamWConfig, EngineConfig, LogConfig, ParallelConfig, load_config
 from training.exit_objective import ExitObjectiveConfig, JointConfig
 from training.tasks.config import TaskDataConfig
 
@@ -169,6 +170,11 @@ class FinetuneConfig(Config):
         if self.model.exits is not None and self.model.exits.criterion is not None:
             check_criterion(self.model.exits.criterion, kind)
         return self
+
+
+def load_finetune_config(path: Path, overrides: list[str]) -> FinetuneConfig:
+    """`load_config` of a fine-tuning."""
+    return load_config(path, overrides, FinetuneConfig)
 
 
 WEIGHTED = ("classification", "multi_label", "token_classification")

@@ -73,7 +73,9 @@ def save_seed(run: FinetuneConfig, seed: int, task: Task, trained: Trained, rank
     model.to(ranks.device).eval()
     tokens = run.train.micro_batch_tokens
     criterion = start.config.exits.criterion if start.config.exits else None
-    test = None if data.test is None else measured(model, data.test, run.data.task, tokens, criterion)
+    test = None
+    if data.test is not None:
+        test = measured(model, data.test, run.data.task, task.objective, tokens, criterion).metrics
     routing = trained.best.evaluation.routing
     summary: Summary = {
         "seed": seed,
@@ -94,7 +96,7 @@ def save_seed(run: FinetuneConfig, seed: int, task: Task, trained: Trained, rank
         if run.lora:
             save_adapter(model, run.lora, staging / ADAPTER)
             merge_lora(model)
-        save_pretrained(model, staging / MODEL, start.tokenizer.to_str(pretty=True))
+        save_pretrained(model, staging / MODEL, start.tokenizer.to_str(pretty=True), lineage=start.lineage)
         save_reading(Reading(task=run.data.task, max_length=run.data.max_length), staging / MODEL)
         (staging / CONFIG).write_text(as_yaml(run), encoding="utf-8")
         (staging / SUMMARY).write_text(_json(summary), encoding="utf-8")

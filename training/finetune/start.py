@@ -1,6 +1,6 @@
 """What a fine-tuning starts from: an encoder's weights and its tokenizer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe.config import EncoderConfig
 from moe.heads import MaskedLM
+from moe.lineage import Step, read_lineage, source_name
 from moe.pretrained import TOKENIZER, load_model, load_weights
 from moe.tasks.config import TaskConfig
 from moe.tasks.model import TaskModel
@@ -18,7 +19,7 @@ from routing.errors import UserError
 from training.checkpoint_files import CONFIG, MODEL, STATE, by_age, find_fault, index_name, last_saved
 from training.config import RunConfig, refuse_longer_sequences, refuse_unspreadable_experts
 from training.data.tokenizer import vocabulary
-from training.finetune.config import CheckpointStart, FinetuneConfig, FreshStart
+from training.finetune.config import CheckpointStart, FinetuneConfig, FreshStart, PretrainedStart
 from training.shards import ShardedTensors
 
 
@@ -28,6 +29,7 @@ class Start(NamedTuple):
     config: EncoderConfig
     tokenizer: Tokenizer
     weights: Mapping[str, Tensor] | None  # of the encoder, under its own names; None: to be drawn
+    lineage: Sequence[Step] = ()  # of the weights
 
 
 def read_start(run: FinetuneConfig) -> Start:
@@ -68,7 +70,11 @@ def read_start(run: FinetuneConfig) -> Start:
         refuse_unspreadable_experts(config, run.parallel.expert)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return Start(config, tokenizer, weights)
+    lineage: list[Step] = []
+    if isinstance(start, PretrainedStart):
+        step = {"command": "finetune", "source": source_name(folder), "task": run.data.task.kind}
+        lineage = [*read_lineage(folder), step]
+    return Start(config, tokenizer, weights, lineage)
 
 
 def build_model(start: Start, task: TaskConfig) -> TaskModel:

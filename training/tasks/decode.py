@@ -22,7 +22,7 @@ from training.tasks.alignment import word_labels
 from training.tasks.batches import TaskBatch
 from training.tasks.config import QuestionAnsweringSpec, TaskSpec
 from training.tasks.encode import Encoded
-from training.tasks.windows import best_answer, best_span
+from training.tasks.windows import Answer, best_answer, read_window
 
 Outputs = dict[int, np.ndarray]
 
@@ -70,7 +70,7 @@ def predictions(task: TaskConfig, spec: TaskSpec, encoded: Encoded, outputs: Map
             return [word_labels(first, logits, task.labels) for first, logits in zip(words, ordered, strict=True)]
         case QuestionAnsweringConfig():
             assert isinstance(spec, QuestionAnsweringSpec)
-            return _answers(spec, encoded, ordered)
+            return [answer.text for answer in question_answers(spec, encoded, ordered)]
         case EmbeddingConfig():
             return ordered
 
@@ -100,16 +100,17 @@ def references(task: TaskConfig, encoded: Encoded) -> list[Any]:
             return list(examples["score"]) if "score" in examples.column_names else []
 
 
-def _answers(spec: QuestionAnsweringSpec, encoded: Encoded, outputs: Sequence[np.ndarray]) -> list[str]:
+def question_answers(spec: QuestionAnsweringSpec, encoded: Encoded, outputs: Sequence[np.ndarray]) -> list[Answer]:
+    """An answer to each question, from the outputs `[L, 2]` of all windows, in the set's order."""
     items = encoded.items.select_columns(["row", "char_starts", "char_ends"]).with_format("numpy")
-    answers = []
-    for row, windows in groupby(zip(items, outputs, strict=True), key=lambda window: int(window[0]["row"])):
-        found = [
-            (
-                best_span(logits, item["char_starts"], item["char_ends"], spec.max_answer_length),
-                float(logits[0].sum()),
-            )
-            for item, logits in windows
-        ]
-        answers.append(best_answer(encoded.examples[row]["context"], found, spec.no_answer_threshold)[0])
-    return answers
+    return [
+        best_answer(
+            encoded.examples[row]["context"],
+            [
+                read_window(logits, item["char_starts"], item["char_ends"], spec.max_answer_length)
+                for item, logits in windows
+            ],
+            spec.no_answer_threshold,
+        )
+        for row, windows in groupby(zip(items, outputs, strict=True), key=lambda window: int(window[0]["row"]))
+    ]

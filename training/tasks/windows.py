@@ -1,12 +1,30 @@
 """Extractive question answering: a context in windows, an answer's characters as tokens and back."""
 
 from collections.abc import Iterable, Sequence
+from math import exp
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import logsumexp
 from tokenizers import Encoding
 
 from training.data.errors import DataError
+
+
+class WindowAnswer(NamedTuple):
+    """What a window says: its best answer, and what its logits are compared with."""
+
+    span: "Span | None"  # None: it has no token of the context
+    none: float  # sum of the first token's logits: that there is no answer
+    log_total: float  # of both columns, the log of the sum of exponentials, added
+
+
+class Answer(NamedTuple):
+    """The answer over all windows of a context."""
+
+    text: str  # "" for none
+    lead: float  # by how much the best one's score beats having none
+    scores: dict[str, float]  # probability of the best one, by its text, and of none, by ""
 
 
 class Span(NamedTuple):
@@ -83,24 +101,33 @@ def best_span(
     return Span(float(scores[first, more]), int(char_starts[tokens[first]]), int(char_ends[tokens[first + more]]))
 
 
-def best_answer(
-    context: str, windows: Iterable[tuple[Span | None, float]], no_answer_threshold: float | None
-) -> tuple[str, float]:
-    """The answer over all windows of a context ("" for none), and by how much it beats having none.
+def read_window(
+    logits: np.ndarray, char_starts: np.ndarray, char_ends: np.ndarray, max_answer_length: int
+) -> WindowAnswer:
+    """A window's best answer as `best_span` finds it, beside having none."""
+    span = best_span(logits, char_starts, char_ends, max_answer_length)
+    return WindowAnswer(span, float(logits[0].sum()), float(logsumexp(logits.astype(np.float64), axis=0).sum()))
+
+
+def best_answer(context: str, windows: Iterable[WindowAnswer], no_answer_threshold: float | None) -> Answer:
+    """The answer over all windows of a context.
 
     Having none scores the sum of both logits of the first token, in the window where that is least: each of them must
     find no answer (as in BERT's SQuAD 2.0 system).
 
+    The probability of tokens i to j is `softmax(start)_i softmax(end)_j`, each among all tokens of the window, as the
+    loss has it. That of an answer is its window's; that of none, which is i = j = 0, the least of all windows.
+
     Args:
-        windows: of each its best span, and the score of having none there.
         no_answer_threshold: as in `QuestionAnsweringSpec`.
     """
-    spans, nulls = zip(*windows, strict=True)
-    found = [span for span in spans if span is not None]
+    read = list(windows)
+    none = min(exp(window.none - window.log_total) for window in read)
+    found = [(window.span, window.log_total) for window in read if window.span is not None]
     if not found:
-        return "", -float("inf")
-    best = max(found, key=lambda span: span.score)
-    lead = best.score - min(nulls)
-    if no_answer_threshold is not None and lead <= no_answer_threshold:
-        return "", lead
-    return context[best.start : best.end].strip(), lead
+        return Answer("", -float("inf"), {"": none})
+    best, log_total = max(found, key=lambda pair: pair[0].score)
+    lead = best.score - min(window.none for window in read)
+    text = context[best.start : best.end].strip()
+    scores = {text: exp(best.score - log_total), "": none}
+    return Answer("" if no_answer_threshold is not None and lead <= no_answer_threshold else text, lead, scores)

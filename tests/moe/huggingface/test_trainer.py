@@ -16,8 +16,10 @@ from torch.testing import assert_close
 pytest.importorskip("transformers", reason="needs the extra hf")
 pytest.importorskip("accelerate", reason="transformers' Trainer needs it; the extra hf brings it")
 
+import moe.huggingface as hf
 from moe.huggingface.loss import auxiliary_loss, span_loss, step_share
-from tests.moe.huggingface.trained import LOSSES, examples, model, stepped
+from routing.errors import UserError
+from tests.moe.huggingface.trained import BIAS, LOSSES, examples, model, stepped
 
 KINDS = ["mlm", "classification", "multi_label", "regression"]
 
@@ -82,6 +84,39 @@ def test_two_ranks_with_accumulation_take_the_step_of_one_process(tmp_path: Path
     wanted.pop("")
     for name, grad in wanted.items():
         assert_close(taken[name], grad, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    # The bias is moved by the loads of the whole step, over both ranks and their micro-batches.
+    batch = {name: torch.stack([row[name] for row in examples(even=True)]) for name in ("input_ids", "attention_mask")}
+    stats = model({"z": 0.5}).train()(**batch).router_stats
+    for layer in range(2):
+        loads = stats[f"{layer}.experts"].assigned
+        assert int(loads.sum()) == 8 * 6 * 2
+        bias = taken[f"encoder.blocks.{layer}.feed_forward.router.selection_bias"]
+        assert bias.tolist() == [0.25 * (int(load < 24) - int(load > 24)) for load in loads]
+        assert bias.any()
+
+
+def test_the_callback_counts_training_passes_alone_and_leaves_with_the_training() -> None:
+    ours, callback = model(LOSSES, **BIAS), hf.BalanceCallback()
+    ids = examples()[0]["input_ids"][None]
+    router = ours.encoder.blocks[0].feed_forward.router
+    callback.on_train_begin(None, None, None, model=ours)
+    ours.eval()(ids)
+    with torch.no_grad():
+        ours.train()(ids)
+    callback.on_step_end(None, None, None)
+    assert not router.selection_bias.any()
+    stats = ours.train()(ids).router_stats["0.experts"]
+    callback.on_step_end(None, None, None)
+    moved = router.selection_bias.clone()
+    assert moved.tolist() == [0.25 * (int(load < 3) - int(load > 3)) for load in stats.assigned]
+    callback.on_step_end(None, None, None)  # nothing was seen since
+    callback.on_train_end(None, None, None)
+    ours(ids)
+    assert torch.equal(router.selection_bias, moved)
+    hf.update_balance(ours.encoder, [ours(ids).router_stats])  # in a loop of one's own
+    assert not torch.equal(router.selection_bias, moved)
+    with pytest.raises(UserError, match="is for models with a routed encoder, but Linear has none"):
+        callback.on_train_begin(None, None, None, model=torch.nn.Linear(1, 1))
 
 
 def test_evaluation_reports_the_tasks_loss_alone() -> None:

@@ -190,7 +190,7 @@ TEXTS: dict[str, tuple[Any, set[str]]] = {
     "multi_label": ("red is blue", {"labels", "scores"}),
     "regression": ("up up a a", {"score"}),
     "token_classification": (["a", "red", "dog"], {"labels", "scores"}),
-    "question_answering": (("where", "the dog is seven"), {"answer"}),
+    "question_answering": (("where", "the dog is seven"), {"answer", "scores"}),
     "contrastive": (("the k3", "k3 is"), {"embeddings", "similarity"}),
 }
 

@@ -11,6 +11,7 @@ import torch
 from moe import from_pretrained, load_adapter, task_from_pretrained
 from tests.training.conftest import contents, write_yaml
 from tests.training.finetune.synthetic import MAKERS, run_data, save_base, write_rows
+from training.answers import set_of
 from training.cli import main
 from training.finetune.config import FinetuneConfig
 from training.finetune.finetune import finetune
@@ -38,6 +39,7 @@ def test_a_separable_task_is_learnt_without_a_mistake(name: str, base: Path, tmp
     predictor = load_predictor(Path(data["run_dir"]) / "model")
     again = predictor.evaluate(data["data"]["held_out"]["files"][0], cache_dir=str(tmp_path / "cache"))
     assert again[summary["metric"]] == pytest.approx(summary["held_out"][summary["metric"]]["mean"], abs=1e-3)
+    assert again["loss"] == pytest.approx(summary["held_out"]["loss"]["mean"], rel=1e-3)
 
 
 def test_seeds_are_trained_once_and_summed_up_and_the_best_state_is_kept(base: Path, tmp_path: Path) -> None:
@@ -110,7 +112,7 @@ def test_a_frozen_router_is_left_as_it_was(base: Path, tmp_path: Path) -> None:
         assert same == (".router." in name), name
 
 
-def test_a_model_with_exits_answers_early(base: Path, tmp_path: Path) -> None:
+def test_a_model_with_exits_answers_early(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = short(tmp_path, "classification", base, max_steps=30, evaluate_every=30)
     data["model"]["exits"] = {"layers": [0], "criterion": {"kind": "max_probability", "threshold": 0.6}}
     summary = finetune(FinetuneConfig.model_validate(data))
@@ -118,10 +120,24 @@ def test_a_model_with_exits_answers_early(base: Path, tmp_path: Path) -> None:
     assert summary["held_out"]["accuracy"]["mean"] == 1.0
     folder, file = Path(data["run_dir"]) / "model", data["data"]["held_out"]["files"][0]
     cache = str(tmp_path / "cache")
-    early = load_predictor(folder).evaluate(file, cache)
-    assert 1 <= early["layers"] < 2
-    assert early["accuracy"] == 1.0
-    assert load_predictor(folder, exit_threshold=1.0).evaluate(file, cache)["layers"] == 2.0
+    early = load_predictor(folder).measure(file, cache)
+    assert early.metrics["accuracy"] == 1.0
+    assert early.rows == early.targets == sum(early.exits.values()) == 24
+    assert 1 <= early.metrics["layers"] < 2
+    assert early.metrics["layers"] == pytest.approx((early.exits[0] + 2 * early.exits.get(1, 0)) / 24)
+    whole = load_predictor(folder, exit_threshold=1.0).measure(file, cache)
+    assert (whole.metrics["layers"], whole.exits) == (2.0, {1: 24})
+    assert whole.metrics["loss"] < early.metrics["loss"]  # what leaves early is less sure
+    # The command tells the same, and which of the run's sets it is.
+    assert main(["evaluate", str(folder), "--data", file, "--json", str(tmp_path / "found.json")]) == 0
+    printed = capsys.readouterr().out
+    assert f"{file} (its run's held-out examples, which chose its state): 24 rows, 24 targets\n" in printed
+    assert f"left behind layer 0  {early.exits[0]} of 24 sequences\n" in printed
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["set"] == "held_out"
+    assert found["exits"] == {str(layer): count for layer, count in early.exits.items()}
+    elsewhere = write_rows(tmp_path / "elsewhere.jsonl", "classification", 3)
+    assert set_of(folder, str(elsewhere)) is None
 
 
 BAD: dict[str, tuple[list[str], str]] = {

@@ -1,4 +1,5 @@
 from itertools import product
+from math import exp
 
 import numpy as np
 import pytest
@@ -7,7 +8,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from training.data.errors import DataError
-from training.tasks.windows import Span, answer_tokens, best_answer, best_span, context_windows, within_window
+from training.tasks.windows import (
+    Span,
+    WindowAnswer,
+    answer_tokens,
+    best_answer,
+    best_span,
+    context_windows,
+    read_window,
+    within_window,
+)
 
 
 @settings(deadline=None)
@@ -74,9 +84,30 @@ def test_the_best_span_is_that_of_all_spans(tokens: list[tuple[int, int, bool]],
 
 def test_the_best_answer_of_all_windows() -> None:
     context = "one two three"
-    windows = [(Span(3.0, 0, 3), 1.0), (Span(5.0, 3, 8), 4.5), (None, 9.0)]
-    assert best_answer(context, windows, 0.0) == ("two", 4.0)  # over the least score of no answer; trimmed
-    assert best_answer(context, windows, 4.0) == ("", 4.0)
-    assert best_answer(context, [(Span(1.0, 0, 3), 2.0)], 0.0) == ("", -1.0)
-    assert best_answer(context, [(Span(1.0, 0, 3), 2.0)], None) == ("one", -1.0)
-    assert best_answer(context, [(None, 2.0)], None) == ("", -float("inf"))
+    windows = [
+        WindowAnswer(Span(3.0, 0, 3), 1.0, 4.0),
+        WindowAnswer(Span(5.0, 3, 8), 4.5, 7.0),
+        WindowAnswer(None, 9.0, 9.5),
+    ]
+    scores = {"two": exp(5.0 - 7.0), "": exp(1.0 - 4.0)}  # of none the least of exp(-3), exp(-2.5), exp(-0.5)
+    answer = best_answer(context, windows, 0.0)
+    assert answer == ("two", 4.0, scores)  # over the least score of no answer; trimmed
+    assert best_answer(context, windows, 4.0) == ("", 4.0, scores)
+    single = {"one": exp(-2.0), "": exp(-1.0)}
+    assert best_answer(context, [WindowAnswer(Span(1.0, 0, 3), 2.0, 3.0)], 0.0) == ("", -1.0, single)
+    assert best_answer(context, [WindowAnswer(Span(1.0, 0, 3), 2.0, 3.0)], None) == ("one", -1.0, single)
+    assert best_answer(context, [WindowAnswer(None, 2.0, 3.0)], None) == ("", -float("inf"), {"": exp(-1.0)})
+
+
+def test_probabilities_of_all_starts_and_ends_add_up() -> None:
+    """`[CLS] x y`: of the nine pairs of tokens the best answer and none have what a softmax of starts times one of
+    ends gives them."""
+    logits = np.array([[1.0, 0.5], [3.0, -1.0], [0.0, 2.0]], dtype=np.float32)
+    starts, ends = np.array([-1, 0, 2]), np.array([-1, 1, 3])
+    answer = best_answer("x y", [read_window(logits, starts, ends, 5)], 0.0)
+    grid = np.exp(logits[:, None, 0].astype(np.float64) + logits[None, :, 1])
+    grid /= grid.sum()
+    assert answer.text == "x y"
+    assert answer.scores == {"x y": pytest.approx(grid[1, 2]), "": pytest.approx(grid[0, 0])}
+    one = best_answer("x y", [read_window(logits, starts, ends, 1)], 10.0)
+    assert (one.text, one.scores["x"]) == ("", pytest.approx(grid[1, 1]))  # ties with y, which comes later
