@@ -43,6 +43,9 @@ Setting = dict[str, Any]  # of FinetuneConfig, in place of its own
 
 ABLATIONS: dict[str, Setting] = {
     "as it is": {},
+    "half the rate": {"optimizer": {"lr": LR / 2}},
+    "twice the rate": {"optimizer": {"lr": 2 * LR}},
+    "no layer decay": {"optimizer": {"layer_decay": 1.0}},
     "router frozen": {"routing": {"router": {"kind": "frozen"}}},
     "router at a tenth of the rate": {"routing": {"router": {"kind": "rate", "lr": LR / 10}}},
     "expert dropout 0.1": {"routing": {"expert_dropout": 0.1}},
@@ -141,7 +144,7 @@ def tuning(
             "seeds": list(range(seeds)),
             "model": model,
             "data": data,
-            "train": {"max_steps": max_steps, "evaluate_every": max(1, max_steps // 4)},
+            "train": {"max_steps": max_steps, "evaluate_every": max(1, max_steps // 4), "precision": "bf16"},
             **setting,
             "optimizer": {"lr": LR, "layer_decay": 0.9, **setting.get("optimizer", {})},
         }
