@@ -42,8 +42,8 @@ def model_card(model: MaskedLM | TaskModel, source: Path, form: Format, checked:
 
     Args:
         model: the one that is exported.
-        source: the folder it was read from, with its `lineage.json`; a run's `config.yaml` and `summary.json` are in it
-            or above it.
+        source: the folder it was read from, with its `lineage.json`; a run's `config.yaml` and `summary.json` are in
+            it, or above it where it is a run's `model`.
         form: what is exported.
         checked: what was compared, and how far apart it was.
     """
@@ -151,8 +151,12 @@ def _set(config: Any) -> Any:
 
 
 def _beside(source: Path, name: str) -> dict[str, Any]:
-    """A run's file in the model's folder or the run's, which is above it; nothing where there is none that is whole."""
-    for folder in (source, source.resolve().parent):
+    """A run's file in the model's folder or the run's, which is above it; nothing where there is none that is whole.
+
+    Another folder within a run, such as a pruned model's, isn't what the run measured.
+    """
+    source = source.resolve()
+    for folder in (source, *([source.parent] if source.name == "model" else [])):
         try:
             found = (folder / name).read_text(encoding="utf-8")
             content = json.loads(found) if name.endswith(".json") else yaml.safe_load(found)

@@ -152,6 +152,8 @@ def test_a_card_of_a_fine_tuned_model_has_its_scores(tmp_path: Path) -> None:
     assert "| 0.experts | 25.0% | 12.5% |" in card
     assert "| load_max_over_mean | 1.5 |" in card
     assert "stopped_early" not in card
+    # What stands elsewhere in the run's folder, such as a pruned model, isn't what was measured.
+    assert "No run's `summary.json` was at hand" in model_card(model, tmp_path / "pruned", "huggingface", "Checked.")
     # A single seed, whose folder stands beside its model too.
     (tmp_path / "summary.json").write_text(json.dumps(seeds[1] | {"test": None}))
     card = model_card(model, tmp_path / "model", "huggingface", "Checked.")
@@ -195,8 +197,8 @@ def test_weights_that_transformers_reads_otherwise_are_not_written(
         model = real(folder)
         write = exports.write_model
 
-        def write_other(given: Any, *arguments: Any) -> None:
-            write(given, *arguments)
+        def write_other(given: Any, *arguments: Any, **named: Any) -> None:
+            write(given, *arguments, **named)
             with torch.no_grad():
                 given.head.dense.weight[0, 0] += 1
 
