@@ -23,9 +23,11 @@ def read_lineage(folder: Path) -> list[Step]:
 
 
 def source_name(folder: Path) -> str:
-    """What a step calls a folder: its name, and of a run's `model` the run's before it."""
+    """What a step calls a folder: its name, and of a run's `model` or checkpoint the run's before it."""
     folder = folder.resolve()
-    return f"{folder.parent.name}/{folder.name}" if folder.name == "model" else folder.name
+    if folder.name == "model":
+        return f"{folder.parent.name}/{folder.name}"
+    return f"{folder.parents[1].name}/{folder.name}" if folder.parent.name == "checkpoints" else folder.name
 
 
 def lineage_lines(steps: list[Step]) -> list[str]:

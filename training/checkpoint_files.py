@@ -15,13 +15,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from torch import Tensor
 
+from moe.lineage import Step
 from moe.pretrained import TOKENIZER, save_tensors
 from routing.config import Config
 from routing.errors import UserError
@@ -49,6 +50,7 @@ class TrainState(NamedTuple):
     initial_eval_loss: float  # held-out loss before it
     data: str  # fingerprint of the training sequences, so that a position means the same ones
     file_sizes: Mapping[str, int] = {}  # bytes of a stream's local files; a checkpoint may be older than this
+    lineage: Sequence[Step] = []  # of the model that the run began with; it may be gone when the run ends
 
 
 class Fault(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe.files import write_file
 from moe.heads import MaskedLM
-from moe.lineage import Step, read_lineage, source_name
+from moe.lineage import read_lineage
 from moe.pretrained import TOKENIZER, load_weights, save_pretrained
 from routing import report
 from routing.config import Config
@@ -45,7 +45,7 @@ from training.objective import MaskedLMObjective
 from training.optimizer_state import load_moments, on_main_rank, whole_parameters
 from training.resume import Checkpoint, agreed_checkpoint, read_checkpoint, restore_rng
 from training.run_dir import claimed
-from training.start import load_start, start_encoder
+from training.start import lineage_of, load_start, start_encoder
 
 Summary = dict[str, Any]
 
@@ -158,6 +158,7 @@ def pretrain(run: RunConfig) -> Summary | None:
             initial_eval_loss=before.loss,
             data=sequences,
             file_sizes=sizes,
+            lineage=[] if run.start is None else read_lineage(Path(run.start)),
         )
         if checkpoint:
             state = checkpoint.state._replace(file_sizes=sizes)
@@ -196,7 +197,8 @@ def pretrain(run: RunConfig) -> Summary | None:
         weights = on_main_rank(whole_parameters(engine), ranks)
         if log is None:
             return None
-        save_pretrained(engine.module, folder / "model", tokenizer, weights, _lineage(run, state))
+        made = lineage_of(run.start, state.lineage, state.step, state.tokens)
+        save_pretrained(engine.module, folder / "model", tokenizer, weights, made)
         summary = _summary(state, after, entropy, ranks, by_design)
         write_file(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
         console.print(routing_table(after.routing, by_design) if after.routing else "no routed layer")
@@ -265,15 +267,6 @@ def _warn_of_other_sizes(checkpoint: Checkpoint, sizes: Mapping[str, int], conso
             "and documents are read twice or never: restore the files then",
             markup=False,
         )
-
-
-def _lineage(run: RunConfig, state: TrainState) -> list[Step]:
-    """Of a run that began with somebody's weights."""
-    if run.start is None:
-        return []
-    start = Path(run.start)
-    step = {"command": "pretrain", "source": source_name(start), "steps": state.step, "tokens": state.tokens}
-    return [*read_lineage(start), step]
 
 
 def _summary(state: TrainState, after: Evaluation, entropy: float, ranks: Ranks, by_design: set[str]) -> Summary:

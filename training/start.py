@@ -1,10 +1,12 @@
 """A pre-training that goes on from a model's folder: its config, its tokenizer, its weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moe.config import EncoderConfig
 from moe.heads import MaskedLM
+from moe.lineage import Step, source_name
 from moe.pretrained import CONFIG, TOKENIZER, WEIGHTS, load_weights, read_config, read_tensors
 from routing.errors import UserError
 
@@ -53,4 +55,16 @@ def load_start(model: MaskedLM, folder: Path) -> None:
     try:
         load_weights(model, fresh | tensors, str(folder / WEIGHTS))
     except UserError as error:
-        raise UserError(f"{error}; leave the section `model` out, and it is the folder's") from None
+        raise UserError(f"{error}; leave the section `model` and overrides of it out, and it is the folder's") from None
+
+
+def lineage_of(start: str | None, before: Sequence[Step], steps: int, tokens: int) -> list[Step]:
+    """What a run's weights came about by; nothing, where they began as random ones.
+
+    Args:
+        before: the start's own lineage.
+        steps, tokens: that the run was trained for.
+    """
+    if start is None:
+        return []
+    return [*before, {"command": "pretrain", "source": source_name(Path(start)), "steps": steps, "tokens": tokens}]

@@ -10,15 +10,17 @@ import torch
 import yaml
 
 import moe
-from moe.lineage import read_lineage
+from moe.lineage import LINEAGE, read_lineage
 from moe.pretrained import load_model
 from moe.tasks.config import ClassificationConfig
 from routing.errors import UserError
 from tests.training.conftest import write_yaml
-from tests.training.finetune.synthetic import ENCODER, tokenizer
+from tests.training.finetune.synthetic import ENCODER, run_data, tokenizer
 from training.checkpoint_files import find_fault
 from training.cli import main
 from training.config import load_run_config
+from training.finetune.config import FinetuneConfig
+from training.finetune.start import read_start
 from training.pretrain import start_changes
 from training.start import load_start
 
@@ -39,6 +41,8 @@ def test_a_run_begins_where_the_model_stands_and_resumes_from_its_own_checkpoint
     goes_on: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, run = tmp_path / "first" / "model", tmp_path / "run"
+    upcycled = {"command": "upcycle", "source": "dense"}
+    (first / LINEAGE).write_text(json.dumps([upcycled]))
     assert main(["pretrain", str(goes_on), "optimizer.lr=0.001", "model.dropout=0.0"]) == 0
     printed = capsys.readouterr().out.replace("\n", "")
     assert f"step 0 of 2, from {first}  model.dropout: 0.1 -> 0.0" in printed
@@ -46,8 +50,8 @@ def test_a_run_begins_where_the_model_stands_and_resumes_from_its_own_checkpoint
     after = json.loads((run / "summary.json").read_text())
     assert after["initial_eval_loss"] == before["eval_loss"] < before["initial_eval_loss"] - 0.4
     assert (run / "model" / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
-    (step,) = read_lineage(run / "model")
-    assert step == {"command": "pretrain", "source": "first/model", "steps": 2, "tokens": after["tokens"]}
+    step = {"command": "pretrain", "source": "first/model", "steps": 2, "tokens": after["tokens"]}
+    assert read_lineage(run / "model") == [upcycled, step]
 
     trained = moe.from_pretrained(run / "model").state_dict()
     assert not torch.equal(trained["head.dense.weight"], moe.from_pretrained(first).state_dict()["head.dense.weight"])
@@ -56,7 +60,15 @@ def test_a_run_begins_where_the_model_stands_and_resumes_from_its_own_checkpoint
     assert main(["pretrain", str(tmp_path / "kept.yaml"), "train.max_steps=3"]) == 0
     assert "step 2 of 3, resumed from" in capsys.readouterr().out
     assert find_fault(run / "checkpoints" / "step-000003") is None
-    assert json.loads((run / "summary.json").read_text())["initial_eval_loss"] == before["eval_loss"]
+    ended = json.loads((run / "summary.json").read_text())
+    assert ended["initial_eval_loss"] == before["eval_loss"]
+    made = [upcycled, step | {"steps": 3, "tokens": ended["tokens"]}]
+    assert read_lineage(run / "model") == made
+
+    tuning = run_data(tmp_path, "classification", first)
+    tuning["model"] = {"kind": "checkpoint", "path": str(run)}
+    last = {"command": "finetune", "source": "run/step-000003", "task": "classification"}
+    assert read_start(FinetuneConfig.model_validate(tuning)).lineage == [*made, last]
 
 
 def test_overrides_change_the_folders_model_and_are_told(
@@ -112,6 +124,8 @@ def test_folders_that_a_run_cannot_begin_with(goes_on: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match="moe upcycle makes one of many published encoders"):
         load_run_config(goes_on, [f"start={tmp_path / 'bert'}"])
     other = moe.MaskedLM(moe.EncoderConfig.model_validate({**ENCODER, "width": 64}))
-    with pytest.raises(UserError, match=r"does not fit the model's config: .*; leave the section `model` out"):
+    with pytest.raises(
+        UserError, match=r"does not fit the model's config: .*; leave the section `model` and overrides"
+    ):
         load_start(other, first / "model")
     assert load_model(first / "model").config.width == 32

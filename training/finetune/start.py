@@ -16,11 +16,12 @@ from moe.pretrained import TOKENIZER, load_model, load_weights
 from moe.tasks.config import TaskConfig
 from moe.tasks.model import TaskModel
 from routing.errors import UserError
-from training.checkpoint_files import CONFIG, MODEL, STATE, by_age, find_fault, index_name, last_saved
+from training.checkpoint_files import CONFIG, MODEL, STATE, by_age, find_fault, index_name, last_saved, read_state
 from training.config import RunConfig, refuse_longer_sequences, refuse_unspreadable_experts
 from training.data.tokenizer import vocabulary
-from training.finetune.config import CheckpointStart, FinetuneConfig, FreshStart, PretrainedStart
+from training.finetune.config import CheckpointStart, FinetuneConfig, FreshStart
 from training.shards import ShardedTensors
+from training.start import lineage_of
 
 
 class Start(NamedTuple):
@@ -40,10 +41,11 @@ def read_start(run: FinetuneConfig) -> Start:
     """
     start = run.model
     weights: Mapping[str, Tensor] | None
+    made: Sequence[Step] = ()  # how they came about
     match start:
         case CheckpointStart():
             folder = _checkpoint_folder(Path(start.path))
-            model = _from_checkpoint(folder)
+            model, made = _from_checkpoint(folder)
             config, weights = model.config, model.encoder.state_dict()
         case FreshStart():
             folder = Path(start.like)
@@ -51,7 +53,7 @@ def read_start(run: FinetuneConfig) -> Start:
         case _:
             folder = Path(start.path)
             found = load_model(folder)
-            config, weights = found.config, found.encoder.state_dict()
+            config, weights, made = found.config, found.encoder.state_dict(), read_lineage(folder)
     tokenizer = read_tokenizer(folder)
     changed = {"exits": start.exits} | ({} if start.dropout is None else {"dropout": start.dropout})
     try:
@@ -70,11 +72,8 @@ def read_start(run: FinetuneConfig) -> Start:
         refuse_unspreadable_experts(config, run.parallel.expert)
     except ValueError as error:
         raise UserError(str(error)) from error
-    lineage: list[Step] = []
-    if isinstance(start, PretrainedStart):
-        step = {"command": "finetune", "source": source_name(folder), "task": run.data.task.kind}
-        lineage = [*read_lineage(folder), step]
-    return Start(config, tokenizer, weights, lineage)
+    step = {"command": "finetune", "source": source_name(folder), "task": run.data.task.kind}
+    return Start(config, tokenizer, weights, [] if weights is None else [*made, step])
 
 
 def build_model(start: Start, task: TaskConfig) -> TaskModel:
@@ -123,11 +122,13 @@ def _checkpoint_folder(given: Path) -> Path:
     )
 
 
-def _from_checkpoint(folder: Path) -> MaskedLM:
+def _from_checkpoint(folder: Path) -> tuple[MaskedLM, list[Step]]:
+    """Its model, and how that came about."""
     try:
         run = RunConfig.model_validate(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
     except ValidationError as error:
         raise UserError(f"{folder / CONFIG} isn't a run that this version knows: {error}") from error
     model = MaskedLM(run.model)
     load_weights(model, ShardedTensors(folder, index_name(MODEL)), str(folder))
-    return model
+    state = read_state(folder)
+    return model, lineage_of(run.start, state.lineage, state.step, state.tokens)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moe import from_pretrained, load_adapter, task_from_pretrained
+from moe.lineage import read_lineage
 from tests.training.conftest import contents, write_yaml
 from tests.training.finetune.synthetic import MAKERS, run_data, save_base, write_rows
 from training.answers import set_of
@@ -98,6 +99,8 @@ def test_other_starts(kind: str, base: Path, reference: Path, tmp_path: Path) ->
     assert summary is not None
     assert bool(summary["seeds"][0]["drift"]) == (kind == "checkpoint")  # of random weights nothing drifts
     assert task_from_pretrained(Path(data["run_dir"]) / "model").config.dropout == 0.25
+    step = {"command": "finetune", "source": "run/step-000012", "task": "classification"}
+    assert read_lineage(Path(data["run_dir"]) / "model") == ([step] if kind == "checkpoint" else [])
 
 
 def test_a_frozen_router_is_left_as_it_was(base: Path, tmp_path: Path) -> None:
