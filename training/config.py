@@ -377,8 +377,15 @@ def differences(
         if path in free or old.get(key) == new.get(key):
             continue
         before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += differences(before, after, free, f"{path}.")
+        sections, others = _by_number(before), _by_number(after)
+        if isinstance(sections, dict) and isinstance(others, dict):
+            lines += differences(sections, others, free, f"{path}.")
         else:
             lines.append(f"{path}: {before!r} -> {after!r}")
     return lines
+
+
+def _by_number(value: Any) -> Any:
+    """A list of sections, such as `model.overrides`, as sections under the numbers that overrides have for them."""
+    sections = isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value)
+    return {str(n): entry for n, entry in enumerate(value)} if sections else value

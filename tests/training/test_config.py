@@ -294,6 +294,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ({"m": {"x": 1, "y": [1, 2]}}, {"m": {"x": 1, "y": [1, 3]}}, ["m.y: [1, 2] -> [1, 3]"]),
         ({"m": {"x": 1}}, {"m": None}, ["m: {'x': 1} -> None"]),
         ({"b": 1}, {"a": 2}, ["a: None -> 2", "b: 1 -> None"]),
+        ({"m": [{"x": 1}, {"y": 2}]}, {"m": [{"x": 1}, {"y": 3}]}, ["m.1.y: 2 -> 3"]),
+        ({"m": [{"x": 1}]}, {"m": [{"x": 1}, {"y": 3}]}, ["m.1: None -> {'y': 3}"]),
+        ({"m": []}, {"m": [{"x": 1}]}, ["m: [] -> [{'x': 1}]"]),
         (
             {"optimizer": {"schedule": {"kind": "cosine", "warmup": 1}}},
             {"optimizer": {"schedule": {"kind": "stable", "warmup": 1}}},
