@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -38,12 +39,14 @@ def evaluate_file(
 def set_of(model: Path, file: str) -> str | None:
     """Which of its run's sets a file is of: `train`, `held_out` or `test`; None if that isn't known, or none.
 
+    Of several, the one that says least of other text: a file that was learned from stays one, whatever else it is.
+
     Args:
         model: its folder, which the run's `config.yaml` stands above.
     """
     try:
         run = yaml.safe_load((model.resolve().parent / "config.yaml").read_text(encoding="utf-8"))
-        sets = {name: run["data"][name] for name in ("test", "held_out", "train")}
+        sets = {name: run["data"][name] for name in ("train", "held_out", "test")}
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
         return None
     for name, source in sets.items():
@@ -68,19 +71,21 @@ def predict_file(
         How many there are.
 
     Raises:
-        UserError: as `evaluate_file`, naming the line for one that isn't a JSON object; if `out` can't be written.
+        UserError: as `evaluate_file`, naming the line of a row that can't be used; if `out` can't be written.
     """
     predictor = _predictor(model, tokens, overrides, exit_threshold)
     waiting: list[dict[str, Any]] = []  # rows that were read ahead of their answers
+    places: deque[str] = deque()  # of rows that were read ahead of their encoding
 
     def rows() -> Iterator[dict[str, Any]]:
-        for row in _rows(data):
+        for place, row in _rows(data):
             waiting.append(row)
+            places.append(place)
             yield row
 
     def answer(file: TextIO) -> int:
         count = 0
-        for count, found in enumerate(predictor.stream(rows(), str(data)), 1):  # noqa: B007  (how many there were)
+        for count, found in enumerate(predictor.stream(rows(), iter(places.popleft, None)), 1):  # noqa: B007  (how many)
             file.write(json.dumps({**waiting.pop(0), "prediction": found}, ensure_ascii=False) + "\n")
             if not waiting:  # the window's last
                 file.flush()
@@ -119,7 +124,8 @@ def _predictor(model: Path, tokens: int, overrides: Sequence[str], exit_threshol
     return load_predictor(model, overrides=overrides, exit_threshold=exit_threshold)._replace(micro_batch_tokens=tokens)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each with the place where it stands."""
     try:
         file = nullcontext(sys.stdin.buffer) if path == STANDARD else path.open("rb")
     except OSError as error:
@@ -128,10 +134,11 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            place = f"{'standard input' if path == STANDARD else path}, line {number}"
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise DataError(f"{path}, line {number} isn't valid JSON: {error}") from error
+                raise DataError(f"{place} isn't valid JSON: {error}") from error
             if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number} is {type(row).__name__}, not an object of columns")
-            yield row
+                raise DataError(f"{place} is {type(row).__name__}, not an object of columns")
+            yield place, row

@@ -70,8 +70,8 @@ class Predictor(NamedTuple):
         """
         return list(self.stream(rows))
 
-    def stream(self, rows: Iterable[Row], name: str = "the input") -> Iterator[Prediction]:
-        """The same, reading rows as they are needed; `name` is of their file, for errors."""
+    def stream(self, rows: Iterable[Row], places: Iterable[str] | None = None) -> Iterator[Prediction]:
+        """The same, reading rows as they are needed; `places` say where each stands, for errors."""
         if isinstance(rows, str | Mapping):
             raise UserError(f"one row was given, {rows!r:.60}, where rows are read; give a list of it: [ROW]")
         columns = [column.source for column in texts_of(self.reading.task).values()]
@@ -82,7 +82,7 @@ class Predictor(NamedTuple):
             self.tokenizer,
             max_length=self.reading.max_length,
             micro_batch_tokens=self.micro_batch_tokens,
-            name=name,
+            places=places,
         )
         for encoded, batches in windows:
             found = outputs_of(self.model, batches, self.criterion).outputs

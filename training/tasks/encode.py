@@ -94,19 +94,18 @@ def encode_records(
     task: TaskConfig,
     tokenizer: Tokenizer,
     max_length: int,
-    name: str = "the input",
-    first_row: int = 0,
+    places: Sequence[str] | None = None,
 ) -> Encoded:
     """Encode rows without labels, in memory: what a stream of rows to predict is cut into.
 
     Args:
         records: each with the spec's columns, and others.
-        name: of their file, and of its row that is the first of them, `first_row`, for errors.
+        places: where each of them stands, for errors; None: rows of the input, from 0 on.
 
     Raises:
         DataError: as `encode_examples`, and naming the row for a text that is missing or isn't one.
     """
-    where = [f"{name}, row {first_row + n}" for n in range(len(records))]
+    where = [f"the input, row {n}" for n in range(len(records))] if places is None else places
     columns = records_to_examples(records, spec, where, labelled=False)
     found = encode_batch(columns, range(len(records)), spec, task, tokenizer.to_str(), max_length)
     examples = Dataset.from_dict(columns)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,21 +108,23 @@ def prediction_windows(
     *,
     max_length: int,
     micro_batch_tokens: int,
-    name: str = "the input",
+    places: Iterable[str] | None = None,
     window: int = _WINDOW,
 ) -> Iterator[tuple[Encoded, Iterator[TaskBatch]]]:
     """Rows without labels as they come, `window` at a time: encoded, and in batches by similar length.
 
     No more than a window is held. `decode.predictions` of one's outputs are in the rows' order.
 
+    Args:
+        places: where each row stands, for errors, read behind it; None: rows of the input, from 0 on.
+
     Raises:
         DataError: naming the row, for a text that is missing or isn't one.
     """
     rows = iter(records)
-    first = 0
+    where = (f"the input, row {n}" for n in count()) if places is None else iter(places)
     while chunk := list(islice(rows, window)):
-        encoded = encode_records(chunk, spec, task, tokenizer, max_length, name, first)
-        first += len(chunk)
+        encoded = encode_records(chunk, spec, task, tokenizer, max_length, list(islice(where, len(chunk))))
         yield encoded, evaluation_batches(encoded.items, task, micro_batch_tokens=micro_batch_tokens)
 
 

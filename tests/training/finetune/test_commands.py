@@ -121,8 +121,8 @@ def test_input_that_cannot_be_used_is_told_and_no_output_written(
 ) -> None:
     model = tuned / "run-classification" / "model"
     for line, message in (
-        ('{"text": "a"}\n{"text": 3}', "row 1"),
-        ('{"text": "a"}\n{"words": "a"}', "text"),
+        ('{"text": "a"}\n\n{"text": 3}', r"rows\.jsonl, line 3: the column 'text' holds int"),
+        ('{"text": "a"}\n{"words": "a"}', r"rows\.jsonl, line 2 has no column 'text'"),
         ('{"text": "a"}\n[1]', "line 2 is list, not an object of columns"),
         ('{"text": "a"}\n{"text"', "line 2 isn't valid JSON"),
     ):

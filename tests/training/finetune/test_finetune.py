@@ -143,6 +143,16 @@ def test_a_model_with_exits_answers_early(base: Path, tmp_path: Path, capsys: py
     assert set_of(folder, str(elsewhere)) is None
 
 
+def test_what_was_learned_from_is_told_first(tmp_path: Path) -> None:
+    files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.jsonl", "d.jsonl")]
+    for file in files:
+        Path(file).touch()
+    sets = {"train": files[:1], "held_out": files[:2], "test": [str(tmp_path / "[a-c].jsonl")]}
+    data = {name: {"kind": "files", "files": given} for name, given in sets.items()}
+    write_yaml(tmp_path / "config.yaml", {"data": data})
+    assert [set_of(tmp_path / "model", file) for file in files] == ["train", "held_out", "test", None]
+
+
 BAD: dict[str, tuple[list[str], str]] = {
     "metric": (["train.metric=bleu"], "train.metric is bleu, but classification is measured by accuracy, f1_macro"),
     "decay": (["optimizer.layer_decay=2"], "optimizer.layer_decay: Input should be less than or equal to 1"),

@@ -186,14 +186,15 @@ def test_a_label_that_training_has_not_seen(tokenizer: Tokenizer) -> None:
 def test_records_to_predict(tokenizer: Tokenizer) -> None:
     records = [{"text": "a", "id": 7}, {"id": 8, "text": "routers", "label": None}]
     task = ClassificationConfig(labels=("0",))
-    found = encode_records(records, ClassificationSpec(), task, tokenizer, 16, "f", 5)
+    places = ["f, line 6", "f, line 8"]
+    found = encode_records(records, ClassificationSpec(), task, tokenizer, 16, places)
     whole = encoded(tokenizer, ClassificationSpec(), task, *({"text": r["text"]} for r in records), labelled=False)
     assert found.items.features == whole.items.features
     assert found.items[:] == whole.items[:]
-    assert found.examples["where"][:] == ["f, row 5", "f, row 6"]
+    assert found.examples["where"][:] == places
     assert "target" not in found.items.column_names
-    with pytest.raises(DataError, match="f, row 6 has no column 'text'; its columns are id"):
-        encode_records([{"text": "a"}, {"id": 1}], ClassificationSpec(), task, tokenizer, 16, "f", 5)
+    with pytest.raises(DataError, match="f, line 8 has no column 'text'; its columns are id"):
+        encode_records([{"text": "a"}, {"id": 1}], ClassificationSpec(), task, tokenizer, 16, places)
     with pytest.raises(DataError, match="the input, row 0: the column 'text' is null"):
         encode_records([{"text": None}], ClassificationSpec(), task, tokenizer, 16)
 

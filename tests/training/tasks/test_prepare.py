@@ -109,7 +109,11 @@ def test_predictions_stream_in_order(tokenizer: Tokenizer) -> None:
     assert 6 < largest <= 12
 
 
-def test_a_row_of_a_stream_is_named(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize(
+    ("places", "named"),
+    [(None, "the input, row 3"), ([f"in.jsonl, line {n}" for n in (1, 2, 4, 7)], r"in\.jsonl, line 7")],
+)
+def test_a_row_of_a_stream_is_named(places: list[str] | None, named: str, tokenizer: Tokenizer) -> None:
     rows = [{"text": "a"}] * 3 + [{"text": 4}]
     windows = prediction_windows(
         rows,
@@ -118,9 +122,9 @@ def test_a_row_of_a_stream_is_named(tokenizer: Tokenizer) -> None:
         tokenizer,
         max_length=16,
         micro_batch_tokens=12,
-        name="in.jsonl",
+        places=places,
         window=2,
     )
     next(windows)
-    with pytest.raises(DataError, match=r"in\.jsonl, row 3: the column 'text' holds int, not text"):
+    with pytest.raises(DataError, match=rf"{named}: the column 'text' holds int, not text"):
         next(windows)
