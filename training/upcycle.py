@@ -14,7 +14,7 @@ from torch import Tensor
 from moe.config import EncoderConfig, EveryNth
 from moe.heads import MaskedLM
 from moe.lineage import read_lineage, source_name
-from moe.pretrained import CONFIG, MODEL_TYPE, TOKENIZER, load_model, save_pretrained
+from moe.pretrained import CONFIG, MODEL_TYPE, TOKENIZER, load_model, read_config, save_pretrained
 from moe.published.load import from_published
 from moe.tasks.model import TaskModel
 from moe.upcycling import ALL, Difference, Layers, UpcycleConfig, UpcycleHeadsConfig, difference, upcycle
@@ -102,6 +102,8 @@ def read_dense(folder: Path) -> Dense:
         kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError):
         kind = None  # told below, by who reads it
+    if kind is None and (folder / "model" / CONFIG).exists():
+        read_config(folder / CONFIG)  # a run's folder: says where its model is
     if kind != MODEL_TYPE:
         read = from_published(folder)
         return Dense(read.model, read.tokenizer, read.has_head, str(kind), read.left_out)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,9 @@ def test_folders_that_hold_no_dense_model_and_those_that_hold_something_else(
     assert "is the model that is read" in capsys.readouterr().err
     assert main(["upcycle", str(full), str(tmp_path / "out"), *words]) == 2
     assert "is no model folder: cannot read config.json" in capsys.readouterr().err
+    shutil.copytree(dense, tmp_path / "run" / "model")
+    assert main(["upcycle", str(tmp_path / "run"), str(tmp_path / "out"), *words]) == 2
+    assert f"did you mean {tmp_path}/run/model?" in capsys.readouterr().err
     (full / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     (full / "model.safetensors").write_bytes(b"")
     assert main(["upcycle", str(full), str(tmp_path / "out"), *words]) == 2
