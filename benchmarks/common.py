@@ -49,6 +49,18 @@ def writable_file(text: str) -> Path:
     return path
 
 
+def writable_folder(text: str) -> Path:
+    """An argument that names a folder to write into: made, or told before anything is measured if it can't be."""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path} can't be a folder: {error.strerror}; choose another") from None
+    if not os.access(path, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} can't be written in; choose another folder")
+    return path
+
+
 def device_in_use() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -24,11 +24,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.common import Row, arguments, at_least_one, show
+from benchmarks.common import Row, arguments, at_least_one, show, writable_folder
 from benchmarks.quality import HERE, corpus_of
 from moe.config import EncoderConfig
 from moe.experts.config import ExpertsConfig
 from moe.feed_forward import DenseConfig
+from moe.pretrained import CONFIG, read_config
 from routing.errors import UserError
 from training.config import RunConfig, load_run_config
 from training.engine import stop_processes
@@ -167,6 +168,23 @@ def row_of(labelled: Labelled, contender: str, summary: dict[str, Any]) -> Row:
     }
 
 
+def named(folders: Sequence[Path]) -> dict[str, Path]:
+    """Models by name: their folder's or, of a run's `model`, the run's.
+
+    Raises:
+        UserError: for a folder without a model, before any is trained, and for two of one name.
+    """
+    models: dict[str, Path] = {}
+    for folder in folders:
+        read_config(folder / CONFIG)
+        whole = folder.absolute()
+        name = whole.parent.name if whole.name == "model" else whole.name
+        if name in models:
+            raise UserError(f"{models[name]} and {folder} would both be called {name!r}; rename one of the folders")
+        models[name] = folder
+    return models
+
+
 def arms_of(models: Mapping[str, Path], ablate: bool) -> dict[str, tuple[Setting, Setting]]:
     """By contender, what it starts from, and what is changed about its fine-tuning.
 
@@ -224,7 +242,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--corpus", type=Path, help="text to pre-train on: a file, or a folder of .txt files")
     parser.add_argument("--models", nargs="+", type=Path, default=[], metavar="DIR", help="pre-trained models, instead")
     parser.add_argument("--ablate", action="store_true", help="compare settings of fine-tuning instead of encoders")
-    parser.add_argument("--work", type=Path, help="keep all runs here")
+    parser.add_argument("--work", type=writable_folder, help="keep all runs here")
     parser.add_argument(
         "--override", action="append", default=[], metavar="A.B=VALUE", help="of finetune_base.yaml; may be repeated"
     )
@@ -234,8 +252,7 @@ def main(words: Sequence[str] | None = None) -> None:
         sets = [labelled_set(given) for given in options.data]
         with TemporaryDirectory() as temporary:
             folder = options.work or Path(temporary)
-            folder.mkdir(parents=True, exist_ok=True)
-            models = {path.name: path for path in options.models}
+            models = named(options.models)
             names = [] if models else ["routed"] if options.ablate else ["dense", "routed"]
             runs = [
                 pretraining(folder, name, options.pretrain_steps, options.corpus, options.override) for name in names

@@ -25,7 +25,7 @@ import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.common import Row, arguments, at_least_one, show, writable_file
+from benchmarks.common import Row, arguments, at_least_one, show, writable_file, writable_folder
 from benchmarks.quality_arm import Arm, MidUpcycleConfig, seconds_spent, steps_spent, train_in_turns
 from routing.errors import UserError
 from training.config import RunConfig, load_run_config
@@ -192,7 +192,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "--override", action="append", default=[], metavar="A.B=VALUE", help="of quality_base.yaml; may be repeated"
     )
     parser.add_argument(
-        "--keep", type=Path, metavar="DIR", help="keep models: DIR/ARM SEED, as benchmarks.finetune reads"
+        "--keep", type=writable_folder, metavar="DIR", help="keep models: DIR/ARM SEED, as benchmarks.finetune reads"
     )
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)

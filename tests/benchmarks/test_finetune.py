@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.finetune import ABLATIONS, arms_of, dense_of, labelled_set, pretraining, tuning
+from benchmarks.finetune import ABLATIONS, arms_of, dense_of, labelled_set, named, pretraining, tuning
 from moe.config import EncoderConfig
 from routing.errors import UserError
 from tests.training.conftest import ROOT
-from tests.training.finetune.synthetic import write_rows
+from tests.training.finetune.synthetic import save_base, write_rows
 
 SMALL = [
     "model.vocab_size=64",
@@ -78,6 +78,15 @@ def test_each_ablation_changes_its_own_setting_only(tmp_path: Path) -> None:
     first = runs[0].model_dump()
     changed = [{key for key, value in run.model_dump().items() if value != first[key]} for run in runs]
     assert changed == [set(), *[{"optimizer"}] * 3, *[{"routing"}] * 6, {"lora", "optimizer"}]
+
+
+def test_given_models_are_called_as_their_folders(tmp_path: Path) -> None:
+    folders = [save_base(tmp_path / name) for name in ("dense 0", "one/model", "two/model", "again/two")]
+    assert named(folders[:3]) == {"dense 0": folders[0], "one": folders[1], "two": folders[2]}
+    with pytest.raises(UserError, match=r"two/model and .*again/two would both be called 'two'; rename one"):
+        named(folders)
+    with pytest.raises(UserError, match=r"did you mean .*one/model\?"):
+        named([tmp_path / "one"])
 
 
 def test_a_whole_small_comparison_is_printed(tmp_path: Path) -> None:
