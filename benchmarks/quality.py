@@ -66,7 +66,9 @@ def train_together(runs: Mapping[str, RunConfig], ranks: Ranks, seconds: float, 
     prepared = {key: prepare(config) for key, config in data.items()}
     for name, run in runs.items():
         with TemporaryDirectory() as folder:
-            arm = Arm(name, run.model_copy(update={"run_dir": folder}), prepared[run.data.model_dump_json()], ranks, start)
+            arm = Arm(
+                name, run.model_copy(update={"run_dir": folder}), prepared[run.data.model_dump_json()], ranks, start
+            )
         start = start or arm.weights()
         arms.append(arm)
     first = arms[0]
