@@ -1,14 +1,16 @@
 """What pre-training and routing are worth for tasks: encoders of one pre-training budget, fine-tuned on labelled sets.
 
     python -m benchmarks.finetune --data DIR DIR:regression --pretrain-steps 2000 --json FILE
+    python -m benchmarks.finetune --data DIR DIR --models DENSE ROUTED --json FILE
     python -m benchmarks.finetune --data DIR DIR --ablate --json FILE
 
 A DIR holds `train`, and if need be `dev` (or `valid`) and `test`, as .jsonl, .csv, .tsv or .parquet. Its task is told
 by the columns of the first row, or by DIR:KIND. Two encoders, routed and dense, of which a token meets equally many
 parameters but for the router's, are pre-trained with as many steps on the same text (Python's documentation, or
---corpus); then each seed fine-tunes them and the routed one from random weights. The best state on held-out examples is
-what is measured: on `test`, else on those examples themselves. `--ablate` fine-tunes the routed one alone, each time
-with one setting changed. With `--work DIR` what is finished there isn't repeated.
+--corpus), or `--models` are given, as `benchmarks.quality --keep` leaves them; then each seed fine-tunes them, and the
+routed one (of models given, the last) from random weights too. The best state on held-out examples is what is measured:
+on `test`, else on those examples themselves. `--ablate` fine-tunes the routed one alone, each time with one setting
+changed. With `--work DIR` what is finished there isn't repeated.
 """
 
 import csv
@@ -162,16 +164,19 @@ def row_of(labelled: Labelled, contender: str, summary: dict[str, Any]) -> Row:
     }
 
 
-def arms_of(folder: Path, ablate: bool) -> dict[str, tuple[Setting, Setting]]:
-    """By contender, what it starts from, and what is changed about its fine-tuning."""
-    routed = str(folder / "routed" / "model")
+def arms_of(models: Mapping[str, Path], ablate: bool) -> dict[str, tuple[Setting, Setting]]:
+    """By contender, what it starts from, and what is changed about its fine-tuning.
+
+    Args:
+        models: pre-trained ones by name; the last is ablated, and has an arm with random weights.
+    """
+    last = [*models][-1]
     if ablate:
-        return {f"ours, {name}": ({"path": routed}, setting) for name, setting in ABLATIONS.items()}
-    return {
-        "ours, routed": ({"path": routed}, {}),
-        "ours, dense": ({"path": str(folder / "dense" / "model")}, {}),
-        "ours, routed, random start": ({"kind": "fresh", "like": routed}, {}),
+        return {f"ours, {name}": ({"path": str(models[last])}, setting) for name, setting in ABLATIONS.items()}
+    arms: dict[str, tuple[Setting, Setting]] = {
+        f"ours, {name}": ({"path": str(path)}, {}) for name, path in models.items()
     }
+    return arms | {f"ours, {last}, random start": ({"kind": "fresh", "like": str(models[last])}, {})}
 
 
 def compare(
@@ -214,6 +219,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=at_least_one, default=300, help="of fine-tuning, 32 examples each (300)")
     parser.add_argument("--pretrain-steps", type=at_least_one, default=2000, help="2048 tokens each (default 2000)")
     parser.add_argument("--corpus", type=Path, help="text to pre-train on: a file, or a folder of .txt files")
+    parser.add_argument("--models", nargs="+", type=Path, default=[], metavar="DIR", help="pre-trained models, instead")
     parser.add_argument("--ablate", action="store_true", help="compare settings of fine-tuning instead of encoders")
     parser.add_argument("--work", type=Path, help="keep all runs here")
     parser.add_argument(
@@ -226,17 +232,19 @@ def main(words: Sequence[str] | None = None) -> None:
         with TemporaryDirectory() as temporary:
             folder = options.work or Path(temporary)
             folder.mkdir(parents=True, exist_ok=True)
-            names = ["routed"] if options.ablate else ["routed", "dense"]
+            models = {path.name: path for path in options.models}
+            names = [] if models else ["routed"] if options.ablate else ["dense", "routed"]
             runs = [
                 pretraining(folder, name, options.pretrain_steps, options.corpus, options.override) for name in names
             ]
-            arms = arms_of(folder, options.ablate)
+            models |= {name: folder / name / "model" for name in names}
+            arms = arms_of(models, options.ablate)
             rows = compare(folder, sets, runs, arms, options.seeds, options.steps)
         stop_processes()
     except UserError as error:
         raise SystemExit(f"benchmarks.finetune: {error}") from error
-    title = f"{options.pretrain_steps} steps of pre-training, {options.steps} of fine-tuning"
-    show(title, rows, options.json)
+    before = "" if options.models else f"{options.pretrain_steps} steps of pre-training, "
+    show(f"{before}{options.steps} steps of fine-tuning", rows, options.json)
 
 
 if __name__ == "__main__":

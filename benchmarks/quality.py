@@ -8,14 +8,16 @@ optimizer steps count as their time. The learning rate warms up over 100 steps a
 budget. `equal time` is an arm's held-out loss at its end less the first arm's; `equal steps` the same less that of the
 first arm given just as many steps, with its own fall of the learning rate (a branch from a snapshot). Negative is
 better than dense. Arms are overrides of quality_base.yaml, by default those of quality_arms.yaml.
+
+Seeds can be run side by side, in processes of one thread: `--first-seed 1`, and then `--with` the others' JSON.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.common import Row, arguments, at_least_one, show, writable_file
-from benchmarks.quality_arm import Arm, seconds_spent, steps_spent, train_in_turns
+from benchmarks.quality_arm import Arm, MidUpcycleConfig, seconds_spent, steps_spent, train_in_turns
 from routing.errors import UserError
 from training.config import RunConfig, load_run_config
 from training.data.prepare import prepare
@@ -34,21 +36,31 @@ from training.process import tune_cpu
 HERE = Path(__file__).parent
 
 
-def runs_of(arms: Path, only: list[str] | None, data: Path, valid: Path, seed: int) -> dict[str, RunConfig]:
-    """Each arm's run, by name; the first is what the others are held against."""
+class Plan(NamedTuple):
+    """What an arm is."""
+
+    run: RunConfig
+    upcycling: MidUpcycleConfig | None
+
+
+def plans_of(
+    arms: Path, only: list[str] | None, data: Path, valid: Path, seed: int, overrides: Sequence[str] = ()
+) -> dict[str, Plan]:
+    """Each arm's plan, by name; the first is what the others are held against."""
     given = yaml.safe_load(arms.read_text(encoding="utf-8"))
     names = only or list(given)
     unknown = [name for name in names if name not in given]
     if unknown:
         raise UserError(f"{arms} has no arm {unknown[0]!r}; it has {', '.join(map(repr, given))}")
     common = {"seed": seed, "data.corpus": corpus_of(data), "data.held_out": corpus_of(valid)}
-    return {
-        name: load_run_config(
-            HERE / "quality_base.yaml",
-            [f"{path}={json.dumps(value)}" for path, value in {**common, **given[name]}.items()],
-        )
-        for name in names
-    }
+    return {name: plan_of({**common, **given[name]}, overrides) for name in names}
+
+
+def plan_of(arm: dict[str, Any], overrides: Sequence[str]) -> Plan:
+    """Of an arm's overrides; `upcycle` among them is no override but a MidUpcycleConfig."""
+    overrides = [*overrides, *(f"{path}={json.dumps(value)}" for path, value in arm.items() if path != "upcycle")]
+    upcycling = MidUpcycleConfig.model_validate(arm["upcycle"]) if "upcycle" in arm else None
+    return Plan(load_run_config(HERE / "quality_base.yaml", overrides), upcycling)
 
 
 def corpus_of(path: Path) -> dict[str, Any]:
@@ -58,17 +70,20 @@ def corpus_of(path: Path) -> dict[str, Any]:
     return {"kind": "text", "files": [files], "document": "block"}
 
 
-def train_together(runs: Mapping[str, RunConfig], ranks: Ranks, seconds: float, steps: int | None) -> list[Row]:
-    """Train all arms of a seed in turns, for that many seconds each, or if given steps."""
+def train_together(
+    plans: Mapping[str, Plan], ranks: Ranks, seconds: float, steps: int | None = None, keep: Path | None = None
+) -> list[Row]:
+    """Train all arms of a seed in turns, for that many seconds each, or if given steps.
+
+    Args:
+        keep: a folder for the arms' models.
+    """
     arms: list[Arm] = []
     start: dict[str, torch.Tensor] = {}
-    data = {run.data.model_dump_json(): run.data for run in runs.values()}
-    prepared = {key: prepare(config) for key, config in data.items()}
-    for name, run in runs.items():
+    for name, (run, upcycling) in plans.items():
         with TemporaryDirectory() as folder:
-            arm = Arm(
-                name, run.model_copy(update={"run_dir": folder}), prepared[run.data.model_dump_json()], ranks, start
-            )
+            run = run.model_copy(update={"run_dir": folder})
+            arm = Arm(name, run, prepare(run.data), ranks, start, upcycling)
         start = start or arm.weights()
         arms.append(arm)
     first = arms[0]
@@ -76,6 +91,9 @@ def train_together(runs: Mapping[str, RunConfig], ranks: Ranks, seconds: float, 
         train_in_turns(arms, seconds, seconds_spent, branching=first)
     else:
         train_in_turns(arms, steps, steps_spent)
+    if keep:
+        for arm in arms:  # before the first one branches
+            arm.save(keep / f"{arm.name} {plans[arm.name].run.seed}")
     speed = first.tokens / first.seconds
     ended = {arm.name: arm.curve[-1] for arm in arms}
     rows = []
@@ -87,7 +105,7 @@ def train_together(runs: Mapping[str, RunConfig], ranks: Ranks, seconds: float, 
         rows.append(
             {
                 "contender": arm.name,
-                "seed": runs[arm.name].seed,
+                "seed": plans[arm.name].run.seed,
                 "parameters": arm.parameters,
                 "active": arm.active,
                 "steps": point.step,
@@ -155,34 +173,48 @@ def plot(rows: list[Row], path: Path) -> None:
     canvas.print_figure(str(path))
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__)
     parser.set_defaults(threads=2)
     parser.add_argument("--data", type=Path, required=True, help="training text: a file, or a folder of .txt files")
     parser.add_argument("--valid", type=Path, required=True, help="held-out text")
     parser.add_argument("--minutes", type=float, default=15.0, help="of each arm's training (default 15)")
     parser.add_argument("--steps", type=at_least_one, help="of each arm instead of minutes, for quick trials")
-    parser.add_argument("--seeds", type=at_least_one, default=1)
+    parser.add_argument("--seeds", type=int, default=1, help="how many (default 1); 0: only show what `--with` names")
+    parser.add_argument("--first-seed", type=int, default=0, help="of as many in a row (default 0)")
+    parser.add_argument(
+        "--with", nargs="+", type=Path, default=[], dest="others", metavar="JSON", help="show these too"
+    )
     parser.add_argument("--arms", type=Path, default=HERE / "quality_arms.yaml", help="YAML: name -> overrides")
     parser.add_argument("--only", nargs="+", metavar="ARM", help="of these; the first is what others are held against")
     parser.add_argument("--plot", type=writable_file)
-    options = parser.parse_args()
+    parser.add_argument(
+        "--override", action="append", default=[], metavar="A.B=VALUE", help="of quality_base.yaml; may be repeated"
+    )
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="keep models: DIR/ARM SEED, as benchmarks.finetune reads"
+    )
+    options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
     rows: list[Row] = []
     try:
-        all_runs = [
-            runs_of(options.arms, options.only, options.data, options.valid, seed) for seed in range(options.seeds)
+        others = [row for path in options.others for row in json.loads(path.read_text(encoding="utf-8"))]
+        seeds = [
+            plans_of(options.arms, options.only, options.data, options.valid, seed, options.override)
+            for seed in range(options.first_seed, options.first_seed + options.seeds)
         ]
         ranks = start_processes()
-        for runs in all_runs:
-            rows += train_together(runs, ranks, 60 * options.minutes, options.steps)
+        for plans in seeds:
+            rows += train_together(plans, ranks, 60 * options.minutes, options.steps, options.keep)
             if options.json:  # a long run that is broken off keeps its whole seeds
                 options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         stop_processes()
     except UserError as error:
         raise SystemExit(f"benchmarks.quality: {error}") from error
     budget = f"{options.steps} steps" if options.steps else f"{options.minutes:g} minutes"
-    show(f"{budget} of training, {options.seeds} seeds, {ranks.device.type}", summed_up(rows), None)
+    rows += others  # after the rows were written
+    count = len({row["seed"] for row in rows})
+    show(f"{budget} of training, {count} seeds, {options.threads} threads, {ranks.device.type}", summed_up(rows), None)
     if options.plot:
         plot(rows, options.plot)
 

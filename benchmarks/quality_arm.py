@@ -1,13 +1,18 @@
 """One arm of `benchmarks.quality`: a training run that goes on in turns, and of which a branch can be run later."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import Field
 
+from moe.pretrained import save_pretrained
+from moe.upcycling import UpcycleConfig, upcycle
 from routing import RoutingStats, add_stats, max_over_mean
 from training.config import RunConfig
 from training.data.position import Position
@@ -30,6 +35,12 @@ class Point(NamedTuple):
     loss: float  # held-out, nats per target
 
 
+class MidUpcycleConfig(UpcycleConfig):
+    """An arm that becomes a routed one on its way."""
+
+    at: float = Field(gt=0, lt=1)  # share of the budget
+
+
 class Snapshot(NamedTuple):
     """All that a branch needs, in memory."""
 
@@ -45,16 +56,23 @@ class Arm:
 
     Args:
         start: weights by name; those that this model has too, in that shape, it starts from.
+        upcycling: what becomes of the model, and when.
     """
 
     def __init__(
-        self, name: str, run: RunConfig, data: PreparedData, ranks: Ranks, start: dict[str, torch.Tensor]
+        self,
+        name: str,
+        run: RunConfig,
+        data: PreparedData,
+        ranks: Ranks,
+        start: dict[str, torch.Tensor],
+        upcycling: MidUpcycleConfig | None = None,
     ) -> None:
         self.name = name
-        self._ranks = ranks
+        self._run, self._data, self._ranks, self._upcycling = run, data, ranks, upcycling
         self._parts = assemble(run, data, ranks)
-        self._lr = run.optimizer.lr
-        self._objective = MaskedLMObjective(run.objective)
+        self._lr, self._warm_from = run.optimizer.lr, 0
+        self._objective = MaskedLMObjective(run.model.depth, run.objective)
         with torch.no_grad():
             for key, tensor in self._parts.engine.module.state_dict().items():
                 if key in start and start[key].shape == tensor.shape:
@@ -73,9 +91,11 @@ class Arm:
 
     def train(self, share: float) -> float:
         """One optimizer step at the learning rate of that share of the budget; its seconds."""
-        warm = min(1.0, (self.step + 1) / WARMUP)
-        set_learning_rate(self._parts.engine, self._lr * warm * max(0.0, min(1.0, (1 - share) / DECAY)))
         begin = time.perf_counter()
+        if self._upcycling and share >= self._upcycling.at:
+            self._upcycle(self._upcycling)
+        warm = min(1.0, (self.step - self._warm_from + 1) / WARMUP)
+        set_learning_rate(self._parts.engine, self._lr * warm * max(0.0, min(1.0, (1 - share) / DECAY)))
         result = train_step(self._parts.engine, self._parts.stream.next_step(), self._objective, self._ranks, self.step)
         took = time.perf_counter() - begin
         self.step += 1
@@ -86,9 +106,29 @@ class Arm:
             self._recent = [*self._recent[-99:], result.routing]
         return took
 
+    def _upcycle(self, config: UpcycleConfig) -> None:
+        """Go on routed. AdamW keeps what it knows of parameters that stay; for the others the rate warms up again."""
+        before, position = self._parts.engine, self._parts.stream.position
+        routed = upcycle(before.module, config)
+        run = self._run.model_copy(update={"model": routed.config})
+        self._parts = assemble(run, self._data, self._ranks, routed.state_dict())
+        self._parts.stream.position = position
+        moments = {name: before.optimizer.state[p] for name, p in before.module.named_parameters()}
+        optimizer = self._parts.engine.optimizer
+        for name, parameter in self._parts.engine.module.named_parameters():
+            if name in moments and moments[name]["exp_avg"].shape == parameter.shape:
+                optimizer.state[parameter] = moments[name]
+        self.parameters, self.active = run.model.num_params(), run.model.num_active_params()
+        self._upcycling, self._warm_from = None, self.step
+
+    def save(self, folder: Path) -> None:
+        """As a model folder, for `moe finetune` and the like."""
+        save_pretrained(self._parts.engine.module, folder, self._data.tokenizer.to_str())
+
     def evaluate(self) -> Point:
         """Held-out loss here; not counted in the arm's time."""
         point = Point(self.seconds, self.step, self._parts.evaluate().loss)
+        print(f"{self.name}: {point.seconds:.0f} s, step {point.step}, {point.loss:.4f}", file=sys.stderr, flush=True)
         self.curve.append(point)
         return point
 

@@ -1,0 +1,137 @@
+"""Dense and routed arms from one start: branches, upcycling on the way, and a whole small comparison."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import quality
+from benchmarks.finetune import arms_of
+from benchmarks.quality_arm import Arm, MidUpcycleConfig, steps_spent, train_in_turns
+from moe.pretrained import from_pretrained
+from routing.errors import UserError
+from training.config import load_run_config
+from training.data.prepare import prepare
+from training.engine import Ranks, start_processes
+
+EXPERTS = {
+    "kind": "experts",
+    "count": 4,
+    "width": 16,
+    "router": {"top_k": 2, "selection_bias": {"rate": 0.01}},
+}
+ARMS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "routed": {"model.block.feed_forward": EXPERTS},
+    "upcycled": {"upcycle": {"at": 0.5, "experts": 4, "layers": [0]}},
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(f"the red dog {n} is in a blue cow" for n in range(200)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Ranks:
+    return start_processes()
+
+
+def small(text: Path, *more: str) -> list[str]:
+    corpus = json.dumps(quality.corpus_of(text))
+    return [
+        f"data.corpus={corpus}",
+        f"data.held_out={corpus}",
+        "data.tokenizer.vocab_size=64",
+        "model.vocab_size=64",
+        "model.width=16",
+        "model.depth=2",
+        "model.block.attention.heads=2",
+        "model.block.feed_forward.width=32",
+        "train.step_tokens=256",
+        "train.micro_batch_tokens=256",
+        "train.precision=fp32",
+        "train.evaluation_tokens=512",
+        *more,
+    ]
+
+
+def arm_of(folder: Path, ranks: Ranks, overrides: list[str], upcycling: MidUpcycleConfig | None = None) -> Arm:
+    run = load_run_config(quality.HERE / "quality_base.yaml", [*overrides, f"run_dir={folder}"])
+    return Arm("arm", run, prepare(run.data), ranks, {}, upcycling)
+
+
+def test_a_branch_is_the_run_that_had_that_budget(text: Path, tmp_path: Path, ranks: Ranks) -> None:
+    short, long = (arm_of(tmp_path, ranks, small(text)) for _ in range(2))
+    train_in_turns([short], 8, steps_spent)
+    train_in_turns([long], 24, steps_spent, branching=long)
+    assert long.step == 24
+    assert long.curve[-1].loss != short.curve[-1].loss
+    assert long.loss_after(8) == short.curve[-1].loss
+    assert long.loss_after(24) == long.curve[-1].loss  # another one, from where it should start
+
+
+def test_upcycling_on_the_way_changes_no_output_and_keeps_what_adamw_knows(
+    text: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    arm = arm_of(tmp_path, ranks, small(text), MidUpcycleConfig(at=0.5, experts=4, layers=(0,)))
+    dense = arm_of(tmp_path, ranks, small(text))
+    for each in (arm, dense):
+        for step in range(4):
+            each.train(step / 20)
+    before = arm.evaluate().loss
+    upcycling = arm._upcycling
+    assert upcycling is not None
+    arm._upcycle(upcycling)
+    assert arm.evaluate().loss == pytest.approx(before, rel=1e-6)
+    assert arm.parameters == dense.parameters + 3 * 2 * 16 * 32 + 4 * 16  # three more copies, and a router
+    moments = {
+        name: arm._parts.engine.optimizer.state.get(p, {}) for name, p in arm._parts.engine.module.named_parameters()
+    }
+    kept = dense._parts.engine.optimizer.state
+    for name, p in dense._parts.engine.module.named_parameters():
+        if name in moments:
+            assert torch.equal(moments[name]["exp_avg"], kept[p]["exp_avg"])
+    assert sum(not moment for moment in moments.values()) == 3  # two matrices of experts, and the router
+    arm.train(0.6)
+    assert arm.balance()[0] is not None
+
+
+def test_an_arm_goes_on_with_the_same_text_after_upcycling(text: Path, tmp_path: Path, ranks: Ranks) -> None:
+    arm = arm_of(tmp_path, ranks, small(text), MidUpcycleConfig(at=0.5, experts=4, layers=(0,)))
+    other = arm_of(tmp_path, ranks, small(text))
+    train_in_turns([arm, other], 6, steps_spent)
+    assert arm._parts.stream.position == other._parts.stream.position
+    assert arm.tokens == other.tokens
+
+
+def test_a_whole_small_comparison(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "arms.yaml").write_text(json.dumps(ARMS))
+    words = ["--data", str(text), "--valid", str(text), "--arms", str(tmp_path / "arms.yaml"), "--threads", "1"]
+    words += ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "plot.png"), "--seeds", "2"]
+    words += ["--minutes", "0.01", "--keep", str(tmp_path / "kept")]
+    quality.main([*words, *(f"--override={each}" for each in small(text)[2:])])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["contender"], row["seed"]) for row in rows] == [(name, seed) for seed in (0, 1) for name in ARMS]
+    for row in rows:
+        assert row["curve"][-1][0] >= 0.6  # its own seconds
+        assert row["curve"][-1][1:] == [row["steps"], row["loss"]]
+        assert row["equal steps"] != 0 or row["contender"] == "dense"
+        assert (row["window"] is None) == (row["contender"] == "dense")
+    assert all(row["speed"] == 1 and row["equal time"] == row["equal steps"] == 0 for row in rows[::3])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ARMS)
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    models = {name: tmp_path / "kept" / f"{name} 0" for name in ARMS}
+    assert [*arms_of(models, ablate=False)] == [*(f"ours, {name}" for name in ARMS), "ours, upcycled, random start"]
+    assert [len(from_pretrained(path).encoder.routers()) for path in models.values()] == [0, 2, 1]
+
+
+def test_an_unknown_arm_is_told(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "arms.yaml").write_text(json.dumps(ARMS))
+    with pytest.raises(UserError, match=r"no arm 'sparse'; it has 'dense', 'routed', 'upcycled'"):
+        quality.plans_of(tmp_path / "arms.yaml", ["sparse"], text, text, 0)
