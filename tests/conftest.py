@@ -36,6 +36,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # so that all is freed at the end; extensions complain of what isn't
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes() -> None:
     """Before there are several workers: compile once what each of them would compile at its first use."""
