@@ -8,9 +8,10 @@ demo: .venv/installed
 	$(BIN)/moe pretrain configs/demo.yaml
 
 # A worker for each core, files whole; and one thread per process: tests start several, and idle threads that spin cost
-# more than they help.
+# more than they help. Compiled code is kept, whatever the environment says: else each process compiles all of it anew.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -28,6 +29,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # seconds. All else stays ahead of them: ZeRO-3 leaves a process with another linear layer than torch's.
         long = {item.path for item in items if item.get_closest_marker("distributed")}
         items.sort(key=lambda item: (item.path.parent.name == "training", item.path not in long))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: searches for garbage, as ZeRO-3 makes for each engine, leave it out."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # so that all is freed at the end; extensions complain of what isn't
 
 
 @pytest.hookimpl(optionalhook=True)

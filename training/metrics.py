@@ -7,8 +7,6 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -186,6 +184,9 @@ def _entropy(load: np.ndarray) -> float:
 
 def load_image(reports: Mapping[str, RoutingReport]) -> np.ndarray:
     """Heat map of load over its mean, one row per router: `[H, W, 3]` uint8."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # heavy, and of all ranks only the first one draws
+    from matplotlib.figure import Figure
+
     widest = max(len(figures.load) for figures in reports.values())
     grid = np.full((len(reports), widest), np.nan)
     for row, figures in enumerate(reports.values()):

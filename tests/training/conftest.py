@@ -3,11 +3,9 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -18,11 +16,10 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.training.forks import ROOT, run_job
 from training import engine
 from training.config import RunConfig
 from training.engine import Ranks
-
-ROOT = Path(__file__).parents[2]
 
 TINY: dict[str, Any] = {
     "model": {
@@ -191,18 +188,4 @@ def run_ranks(world: int, function: str, *arguments: str) -> None:
 
     One rank that fails fails the test, with what all printed.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.training.workers", str(world), function, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=240)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and the ranks with it
-    assert process.returncode == 0, output
+    run_job("tests.training.workers.on_ranks", str(world), function, *arguments)

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib.figure  # noqa: F401  training.metrics asks for it when it draws
 import torch._dynamo  # torch asks for it when the first optimizer is made
 import torch._inductor.compile_fx  # noqa: F401  DeepSpeed asks for it when the first one of ZeRO's is made
 
@@ -43,6 +44,17 @@ def fork_ranks(world: int, call: Callable[[], int], output: Path | None = None) 
             sys.stderr.flush()
             os._exit(code)
     return ranks
+
+
+def wait_for_all(ranks: list[int]) -> None:
+    """Wait for forked ranks to end.
+
+    Raises:
+        SystemExit: if one of them failed.
+    """
+    codes = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
+    if any(codes):
+        sys.exit(f"ranks ended with {codes}")
 
 
 def free_port() -> int:

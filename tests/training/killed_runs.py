@@ -1,9 +1,8 @@
-"""Runs that are killed again and again: `python -m tests.training.killed_runs CONFIG OUT WORLD KILLS SEED`."""
+"""Runs that are killed again and again."""
 
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,18 +56,18 @@ def slow_disk(chance: random.Random) -> None:
     files.sync = slowly(files.sync)
 
 
-def killed_and_resumed(config: str, out: str, world: int, kills: int, seed: int) -> None:
+def killed_and_resumed(config: str, out: str, world: str, kills: str, seed: str) -> None:
     """Kill a rank of the run in `OUT/run` at random moments; then let it end, and once more in one go in `OUT/whole`.
 
     Prints how many kills met a checkpoint that was being written.
     """
-    run, output, chance = Path(out) / "run", Path(out) / "output.txt", random.Random(seed)
+    run, output, chance = Path(out) / "run", Path(out) / "output.txt", random.Random(int(seed))
     checkpoints = run / "checkpoints"
     met = 0
-    for _ in range(kills):
+    for _ in range(int(kills)):
         before = last_saved(checkpoints)
         words = ["pretrain", config, f"checkpoint.every={chance.choice((1, 3))}", f"run_dir={run}"]
-        ranks = start([*words, "train.max_steps=100000"], world, output, lambda: slow_disk(chance))
+        ranks = start([*words, "train.max_steps=100000"], int(world), output, lambda: slow_disk(chance))
         deadline = time.monotonic() + 60
         while last_saved(checkpoints) == before:  # until it has gone on from there
             assert time.monotonic() < deadline, "it doesn't resume"
@@ -82,13 +81,6 @@ def killed_and_resumed(config: str, out: str, world: int, kills: int, seed: int)
     steps = step_of(Path(last_saved(checkpoints) or "")) + 1
     for name in ("run", "whole"):
         last = ["pretrain", config, f"train.max_steps={steps}", f"run_dir={Path(out) / name}"]
-        end(start(last, world, output, lambda: None), 60)
+        end(start(last, int(world), output, lambda: None), 60)
         (Path(out) / name / "checkpoints" / f"step-{steps:06d}").rename(Path(out) / f"{name}-last")
     print(f"{steps} steps; {met} of {kills} kills met a checkpoint that was being written")
-
-
-if __name__ == "__main__":
-    config, out, world, kills, seed = sys.argv[1:]
-    killed_and_resumed(config, out, int(world), int(kills), int(seed))
-    sys.stdout.flush()
-    os._exit(0)

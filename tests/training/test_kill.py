@@ -1,16 +1,14 @@
 """Killed at any moment, also while it writes a checkpoint: what `latest` names is whole, and resumes bit for bit."""
 
-import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.training.conftest import ROOT, saved_bits, stream_of, tiny_data, write_yaml
+from tests.training.conftest import saved_bits, stream_of, tiny_data, write_yaml
+from tests.training.forks import run_job
 from training.checkpoint_files import read_state
 
 pytestmark = pytest.mark.distributed
@@ -38,18 +36,14 @@ def kill(data: dict[str, Any], tmp_path: Path, world: int, kills: int) -> None:
     """Kill a run at random moments, at least two of them while it saves, and compare it with one in one go."""
     config = str(write_yaml(tmp_path / "run.yaml", data))
     seed = random.randrange(10**6)
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.training.killed_runs", config, str(tmp_path), str(world), str(kills), str(seed)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     log = tmp_path / "output.txt"
-    told = f"seed {seed}\n{process.stdout}{process.stderr}{log.read_text()[-5000:] if log.exists() else ''}"
-    assert process.returncode == 0, told
-    met = re.search(r"(\d+) of \d+ kills met a checkpoint", process.stdout)
+    try:
+        words = (config, str(tmp_path), str(world), str(kills), str(seed))
+        printed = run_job("tests.training.killed_runs.killed_and_resumed", *words, timeout=900)
+    finally:
+        told = f"seed {seed}\n{log.read_text()[-5000:] if log.exists() else ''}"
+        print(told)  # shown if this fails
+    met = re.search(r"(\d+) of \d+ kills met a checkpoint", printed)
     assert met is not None, told
     assert int(met[1]) >= 2, told
     last, whole = tmp_path / "run-last", tmp_path / "whole-last"

@@ -92,6 +92,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, text_file: Path, cache_dir: P
     # The learning rate doesn't depend on the run's length, so that runs of several lengths can be compared.
     data["optimizer"]["schedule"] = {"kind": "stable", "warmup": 5, "decay": 0.0}
     data["train"] |= {"step_tokens": STEP_TOKENS, "micro_batch_tokens": STEP_TOKENS // 2, "evaluate_every": 100}
+    data["train"]["evaluation_tokens"] = STEP_TOKENS // 2  # of each run twice, and compared by none
     data["checkpoint"] = {"every": STEPS, "keep": 9}
     config = str(write_yaml(out / "run.yaml", data))
     pretrain_all(config, str(out), f"stayed train.max_steps={4 * STEPS}")

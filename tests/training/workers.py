@@ -1,9 +1,8 @@
-"""What runs on the ranks that tests spawn: `python -m tests.training.workers WORLD FUNCTION ARGUMENTS`."""
+"""What runs on the ranks that tests spawn: `run_ranks` of conftest.py."""
 
 import errno
 import json
 import os
-import sys
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from routing.errors import UserError
 from tests.training import spread
-from tests.training.forked import fork_ranks
+from tests.training.forked import fork_ranks, wait_for_all
 from training import checkpoint, step
 from training.checkpoint import Checkpoints
 from training.checkpoint_files import TrainState
@@ -264,14 +263,12 @@ def merge_inspections(folder: str, text: str) -> None:
     assert all(n == m and (one == other).all() for (n, one), (m, other) in both)
 
 
-def run(function: str, arguments: list[str]) -> int:
-    globals()[function](*arguments)
-    stop_processes()
-    return 0
+def on_ranks(world: str, function: str, *arguments: str) -> None:
+    """Call a function of this file on ranks, each a fork of this process."""
 
+    def call() -> int:
+        globals()[function](*arguments)
+        stop_processes()
+        return 0
 
-if __name__ == "__main__":
-    world, function, *arguments = sys.argv[1:]
-    ranks = fork_ranks(int(world), lambda: run(function, arguments))
-    codes = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
-    sys.exit(f"ranks ended with {codes}" if any(codes) else 0)
+    wait_for_all(fork_ranks(int(world), call))

@@ -1,9 +1,6 @@
 """A step of fine-tuning has one gradient, however it is cut into ranks, micro-batches and ZeRO stages."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from tests.training.conftest import ROOT
 from tests.training.finetune.synthetic import MAKERS, run_data
+from tests.training.forks import run_job
 
 pytestmark = pytest.mark.distributed
 # (world, micro-batch tokens, ZeRO stage, expert-parallel size)
@@ -68,16 +65,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
             for (ranks, tokens, stage, expert), data in cases(name, folder, base).items()
             if ranks == world
         ]
-        process = subprocess.run(
-            [sys.executable, "-m", "tests.training.finetune.workers", str(world), str(folder / str(world)), *words],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=400,
-        )
-        assert process.returncode == 0, process.stdout
+        run_job("tests.training.finetune.workers.record", str(world), str(folder / str(world)), *words, timeout=400)
     return folder
 
 

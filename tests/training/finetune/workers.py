@@ -1,15 +1,13 @@
-"""What runs on ranks: `python -m tests.training.finetune.workers WORLD OUT CASE...`."""
+"""What runs on the ranks that test_cuts.py spawns."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.training.forked import fork_ranks
+from tests.training.forked import fork_ranks, wait_for_all
 from training import step
 from training.engine import Ranks, build_engine, main_first, read_gradient, start_processes, stop_processes
 from training.finetune.config import FinetuneConfig
@@ -58,19 +56,16 @@ def record_steps(run: FinetuneConfig, ranks: Ranks, steps: int = 2) -> dict[str,
     return recorded
 
 
-def record(out: Path, cases: list[str]) -> int:
-    """`record_steps` of each case `[name, run]` (JSON), into `OUT/NAME.safetensors`."""
-    ranks = start_processes()
-    for name, data in map(json.loads, cases):
-        recorded = record_steps(FinetuneConfig.model_validate(data), ranks)
-        if ranks.is_main:
-            save_file(recorded, out / f"{name}.safetensors")
-    stop_processes()
-    return 0
+def record(world: str, out: str, *cases: str) -> None:
+    """On ranks, `record_steps` of each case `[name, run]` (JSON), into `OUT/NAME.safetensors`."""
 
+    def call() -> int:
+        ranks = start_processes()
+        for name, data in map(json.loads, cases):
+            recorded = record_steps(FinetuneConfig.model_validate(data), ranks)
+            if ranks.is_main:
+                save_file(recorded, Path(out) / f"{name}.safetensors")
+        stop_processes()
+        return 0
 
-if __name__ == "__main__":
-    world, out, *cases = sys.argv[1:]
-    started = fork_ranks(int(world), lambda: record(Path(out), cases))
-    codes = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in started]
-    sys.exit(f"ranks ended with {codes}" if any(codes) else 0)
+    wait_for_all(fork_ranks(int(world), call))
