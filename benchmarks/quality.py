@@ -168,7 +168,9 @@ def plot(rows: list[Row], path: Path) -> None:
             losses = np.stack([curve[:length, 2] for curve in curves])
             axes.plot(at, losses.mean(0), label=name, color=f"C{i}", marker=".", linewidth=1.2)
             axes.fill_between(at, losses.min(0), losses.max(0), color=f"C{i}", alpha=0.15)
-        axes.set(xlabel=label, ylabel="held-out loss, nats")
+        lines = [line.get_ydata() for line in axes.get_lines()]
+        top = max((line[1] if len(line) > 2 else line[0]) for line in lines)  # the start is far above all that differs
+        axes.set(xlabel=label, ylabel="held-out loss, nats", ylim=(min(map(min, lines)) - 0.1, top + 0.1))
     figure.axes[0].legend(fontsize=7)
     canvas.print_figure(str(path))
 
