@@ -33,16 +33,16 @@ from moe.pretrained import CONFIG, read_config
 from routing.errors import UserError
 from training.config import RunConfig, load_run_config
 from training.engine import stop_processes
-from training.finetune.config import FinetuneConfig
+from training.finetune.config import FinetuneConfig, FinetuneOptimizerConfig
 from training.finetune.finetune import finetune
 from training.pretrain import pretrain
 from training.process import tune_cpu
 
-LR = 5e-4
+LR = FinetuneOptimizerConfig().lr
 ENDINGS = (".jsonl", ".csv", ".tsv", ".parquet")
 Setting = dict[str, Any]  # of FinetuneConfig, in place of its own
 
-ABLATIONS: dict[str, Setting] = {
+ABLATIONS: dict[str, Setting] = {  # of a FinetuneConfig's own values
     "as it is": {},
     "half the rate": {"optimizer": {"lr": LR / 2}},
     "twice the rate": {"optimizer": {"lr": 2 * LR}},
@@ -147,7 +147,6 @@ def tuning(
             "data": data,
             "train": {"max_steps": max_steps, "evaluate_every": max(1, max_steps // 4), "precision": "bf16"},
             **setting,
-            "optimizer": {"lr": LR, "layer_decay": 0.9, **setting.get("optimizer", {})},
         }
     )
 

@@ -13,6 +13,7 @@ Seeds can be run side by side, in processes of one thread: `--first-seed 1`, and
 """
 
 import json
+from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -21,14 +22,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.common import Row, arguments, at_least_one, show, writable_file, writable_folder
 from benchmarks.quality_arm import Arm, MidUpcycleConfig, seconds_spent, steps_spent, train_in_turns
 from routing.errors import UserError
-from training.config import RunConfig, load_run_config
+from training.config import RunConfig, load_run_config, read_yaml
 from training.data.prepare import prepare
 from training.engine import Ranks, start_processes, stop_processes
 from training.process import tune_cpu
@@ -47,7 +47,7 @@ def plans_of(
     arms: Path, only: list[str] | None, data: Path, valid: Path, seed: int, overrides: Sequence[str] = ()
 ) -> dict[str, Plan]:
     """Each arm's plan, by name; the first is what the others are held against."""
-    given = yaml.safe_load(arms.read_text(encoding="utf-8"))
+    given = read_yaml(arms)
     names = only or list(given)
     unknown = [name for name in names if name not in given]
     if unknown:
@@ -61,6 +61,15 @@ def plan_of(arm: dict[str, Any], overrides: Sequence[str]) -> Plan:
     overrides = [*overrides, *(f"{path}={json.dumps(value)}" for path, value in arm.items() if path != "upcycle")]
     upcycling = MidUpcycleConfig.model_validate(arm["upcycle"]) if "upcycle" in arm else None
     return Plan(load_run_config(HERE / "quality_base.yaml", overrides), upcycling)
+
+
+def rows_of(text: str) -> list[Row]:
+    """An argument that names what `--json` wrote."""
+    try:
+        rows: list[Row] = json.loads(Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArgumentTypeError(f"{text} holds no rows of this benchmark: {error}") from None
+    return rows
 
 
 def corpus_of(path: Path) -> dict[str, Any]:
@@ -185,7 +194,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=1, help="how many (default 1); 0: only show what `--with` names")
     parser.add_argument("--first-seed", type=int, default=0, help="of as many in a row (default 0)")
     parser.add_argument(
-        "--with", nargs="+", type=Path, default=[], dest="others", metavar="JSON", help="show these too"
+        "--with", nargs="+", type=rows_of, default=[], dest="others", metavar="JSON", help="show these runs' rows too"
     )
     parser.add_argument("--arms", type=Path, default=HERE / "quality_arms.yaml", help="YAML: name -> overrides")
     parser.add_argument("--only", nargs="+", metavar="ARM", help="of these; the first is what others are held against")
@@ -200,7 +209,6 @@ def main(words: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     rows: list[Row] = []
     try:
-        others = [row for path in options.others for row in json.loads(path.read_text(encoding="utf-8"))]
         seeds = [
             plans_of(options.arms, options.only, options.data, options.valid, seed, options.override)
             for seed in range(options.first_seed, options.first_seed + options.seeds)
@@ -214,7 +222,7 @@ def main(words: Sequence[str] | None = None) -> None:
     except UserError as error:
         raise SystemExit(f"benchmarks.quality: {error}") from error
     budget = f"{options.steps} steps" if options.steps else f"{options.minutes:g} minutes"
-    rows += others  # after the rows were written
+    rows += [row for others in options.others for row in others]  # only now that its own are written
     count = len({row["seed"] for row in rows})
     show(f"{budget} of training, {count} seeds, {options.threads} threads, {ranks.device.type}", summed_up(rows), None)
     if options.plot:

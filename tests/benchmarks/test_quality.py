@@ -131,7 +131,12 @@ def test_a_whole_small_comparison(text: Path, tmp_path: Path, capsys: pytest.Cap
     assert [len(from_pretrained(path).encoder.routers()) for path in models.values()] == [0, 2, 1]
 
 
-def test_an_unknown_arm_is_told(text: Path, tmp_path: Path) -> None:
+def test_what_is_not_there_is_told(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "arms.yaml").write_text(json.dumps(ARMS))
     with pytest.raises(UserError, match=r"no arm 'sparse'; it has 'dense', 'routed', 'upcycled'"):
         quality.plans_of(tmp_path / "arms.yaml", ["sparse"], text, text, 0)
+    with pytest.raises(UserError, match=r"no\.yaml"):
+        quality.plans_of(tmp_path / "no.yaml", None, text, text, 0)
+    with pytest.raises(SystemExit):
+        quality.main(["--data", str(text), "--valid", str(text), "--with", str(tmp_path / "no.json")])
+    assert "no.json holds no rows of this benchmark" in capsys.readouterr().err

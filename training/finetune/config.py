@@ -113,12 +113,12 @@ class FinetuneRoutingConfig(Config):
 class FinetuneOptimizerConfig(AdamWConfig):
     """AdamW, warmed up and then let down linearly."""
 
-    lr: float = Field(default=3e-4, gt=0)
+    lr: float = Field(default=5e-4, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup: float = Field(default=0.1, ge=0, lt=1)  # share of the steps
     final: float = Field(default=0.0, ge=0, le=1)  # times the peak, in the end
     # Each layer's rate over that of the layer above it (ULMFiT, arXiv 1801.06146): the head learns at `lr`.
-    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    layer_decay: float = Field(default=0.9, gt=0, le=1)
 
 
 class FinetuneTrainConfig(Config):
