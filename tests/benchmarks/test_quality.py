@@ -109,7 +109,10 @@ def test_an_arm_goes_on_with_the_same_text_after_upcycling(text: Path, tmp_path:
     assert arm.tokens == other.tokens
 
 
-def test_a_whole_small_comparison(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_small_comparison(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "stop_processes", lambda: None)  # other tests' engines know this process's group
     (tmp_path / "arms.yaml").write_text(json.dumps(ARMS))
     words = ["--data", str(text), "--valid", str(text), "--arms", str(tmp_path / "arms.yaml"), "--threads", "1"]
     words += ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "plot.png"), "--seeds", "2"]

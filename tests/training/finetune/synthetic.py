@@ -134,6 +134,6 @@ def run_data(folder: Path, name: str, base: Path, examples: int = 96) -> dict[st
             "max_length": 32,
             "cache_dir": str(folder / "cache"),
         },
-        "optimizer": {"lr": 1e-2},
+        "optimizer": {"lr": 1e-2, "layer_decay": 1.0},
         "train": {"step_examples": 16, "micro_batch_tokens": 4096},
     }
