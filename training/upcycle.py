@@ -1,6 +1,7 @@
 """`moe upcycle`: a dense folder made a routed one, written once its outputs are seen to be the dense ones."""
 
 import json
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,14 +14,15 @@ from torch import Tensor
 
 from moe.config import EncoderConfig, EveryNth
 from moe.heads import MaskedLM
-from moe.lineage import read_lineage, source_name
+from moe.lineage import Step, read_lineage, source_name
 from moe.pretrained import CONFIG, MODEL_TYPE, TOKENIZER, load_model, read_config, save_pretrained
 from moe.published.load import from_published
 from moe.tasks.model import TaskModel
 from moe.upcycling import ALL, Difference, Layers, UpcycleConfig, UpcycleHeadsConfig, difference, upcycle
 from routing.config import LearnedConfig, TokenChoiceConfig
 from routing.errors import UserError
-from training.checkpoint_files import some
+from training.checkpoint_files import STATE, some
+from training.checkpoint_model import checkpoint_model, whole_checkpoint
 
 TOLERANCE = 1e-5  # of outputs in float32, relative to the largest number
 SEQUENCES, LENGTH = 16, 128  # of what outputs are compared on, at most
@@ -34,6 +36,7 @@ class Dense(NamedTuple):
     has_head: bool = True  # whether its logits are anybody's
     architecture: str = MODEL_TYPE  # its config's `model_type`
     left_out: tuple[str, ...] = ()  # tensors of a published folder that nothing of ours is for
+    lineage: Sequence[Step] = ()  # of a model of ours
 
 
 class Request(NamedTuple):
@@ -89,15 +92,18 @@ def run_upcycle(request: Request, console: Console) -> None:
             f"outputs on {far[0]} differ by more than {TOLERANCE:.0e}, so nothing was written; or give --inexact"
         )
     step = {**_asked(request), "architecture": dense.architecture, "difference": _measured(found, dense.has_head)}
-    save_pretrained(routed, request.out, dense.tokenizer, lineage=[*read_lineage(request.dense), step])
+    save_pretrained(routed, request.out, dense.tokenizer, lineage=[*dense.lineage, step])
 
 
 def read_dense(folder: Path) -> Dense:
-    """A model of ours, or a published one, in float32.
+    """A model of ours, its training checkpoint, or a published model, in float32.
 
     Raises:
-        UserError: if the folder holds neither.
+        UserError: if the folder holds none of them.
     """
+    if (folder / STATE).exists():
+        model, _, lineage = checkpoint_model(whole_checkpoint(folder))
+        return Dense(model.float(), (folder / TOKENIZER).read_text(encoding="utf-8"), lineage=lineage)
     try:
         kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError):
@@ -107,8 +113,9 @@ def read_dense(folder: Path) -> Dense:
     if kind != MODEL_TYPE:
         read = from_published(folder)
         return Dense(read.model, read.tokenizer, read.has_head, str(kind), read.left_out)
-    model, file = load_model(folder), folder / TOKENIZER
-    return Dense(model.float(), file.read_text(encoding="utf-8") if file.exists() else None)
+    found, file = load_model(folder), folder / TOKENIZER
+    tokenizer = file.read_text(encoding="utf-8") if file.exists() else None
+    return Dense(found.float(), tokenizer, lineage=read_lineage(folder))
 
 
 def parse_layers(text: str) -> Layers:

@@ -12,9 +12,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import moe
 from moe import EncoderConfig, MaskedLM
+from moe.lineage import read_lineage
 from moe.published.load import from_published
 from routing.errors import UserError
 from tests.moe.published.models import off, published
+from tests.training.conftest import tiny_data, write_yaml
 from training.cli import main
 from training.upcycle import parse_layers
 
@@ -180,3 +182,19 @@ def test_layers_as_words() -> None:
     assert parse_layers("0,2,5") == (0, 2, 5)
     with pytest.raises(UserError, match=r"give such as every:2, every:2:1 .* or 0,2,5"):
         parse_layers("every:2:1:3")
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_training_checkpoint_is_as_good_as_its_model(tmp_path: Path, text_file: Path, cache_dir: Path) -> None:
+    data = tiny_data(tmp_path, text_file, cache_dir)
+    data["model"]["block"]["feed_forward"] = {"kind": "dense", "width": 16}
+    data["train"] |= {"max_steps": 2}
+    assert main(["pretrain", str(write_yaml(tmp_path / "run.yaml", data))]) == 0
+    words = ["--experts", "4", "--top-k", "2"]
+    for dense, out in (("model", "one"), ("checkpoints/step-000002", "other")):
+        assert main(["upcycle", str(tmp_path / "run" / dense), str(tmp_path / out), *words]) == 0
+    one, other = (moe.from_pretrained(tmp_path / name).state_dict() for name in ("one", "other"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (tmp_path / "other" / "tokenizer.json").exists()
+    assert [step["source"] for step in read_lineage(tmp_path / "other")] == ["run/step-000002"]

@@ -7,7 +7,7 @@ from pathlib import Path
 def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare them to the command line."""
     upcycle = commands.add_parser("upcycle", help="make a dense encoder a routed one that gives the same outputs")
-    upcycle.add_argument("dense", type=Path, help="a folder of transformers' or of ours")
+    upcycle.add_argument("dense", type=Path, help="a folder of transformers' or of ours, or a training checkpoint's")
     upcycle.add_argument("out", type=Path, help="folder for the routed model")
     upcycle.add_argument("--experts", type=int, required=True, help="of each layer that becomes routed")
     upcycle.add_argument("--top-k", type=int, required=True, help="experts of a token")

@@ -4,24 +4,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from moe.config import EncoderConfig
-from moe.heads import MaskedLM
 from moe.lineage import Step, read_lineage, source_name
-from moe.pretrained import TOKENIZER, load_model, load_weights
+from moe.pretrained import TOKENIZER, load_model
 from moe.tasks.config import TaskConfig
 from moe.tasks.model import TaskModel
 from routing.errors import UserError
-from training.checkpoint_files import CONFIG, MODEL, STATE, by_age, find_fault, index_name, last_saved, read_state
-from training.config import RunConfig, refuse_longer_sequences, refuse_unspreadable_experts
+from training.checkpoint_model import checkpoint_model, whole_checkpoint
+from training.config import refuse_longer_sequences, refuse_unspreadable_experts
 from training.data.tokenizer import vocabulary
 from training.finetune.config import CheckpointStart, FinetuneConfig, FreshStart
-from training.shards import ShardedTensors
-from training.start import lineage_of
 
 
 class Start(NamedTuple):
@@ -44,8 +40,8 @@ def read_start(run: FinetuneConfig) -> Start:
     made: Sequence[Step] = ()  # how they came about
     match start:
         case CheckpointStart():
-            folder = _checkpoint_folder(Path(start.path))
-            model, made = _from_checkpoint(folder)
+            folder = whole_checkpoint(Path(start.path))
+            model, _, made = checkpoint_model(folder)
             config, weights = model.config, model.encoder.state_dict()
         case FreshStart():
             folder = Path(start.like)
@@ -100,35 +96,3 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more specific
         raise UserError(f"{path} is not a whole tokenizer: {error}") from error
-
-
-def _checkpoint_folder(given: Path) -> Path:
-    """A checkpoint's own folder, or of a run's checkpoints the last whole one."""
-    if (given / STATE).exists():
-        candidates = [given]
-    else:
-        parent = given / "checkpoints"
-        last = last_saved(parent)
-        candidates = sorted(by_age(parent), key=lambda folder: folder.name != last)
-    faults = []
-    for folder in candidates:
-        fault = find_fault(folder)
-        if fault is None:
-            return folder
-        faults.append(f"{folder.name}: {fault}")
-    raise UserError(
-        f"{given} holds no whole checkpoint{': ' if faults else ''}{'; '.join(faults)}; name a folder such as "
-        "RUN/checkpoints/step-000100, or a run's"
-    )
-
-
-def _from_checkpoint(folder: Path) -> tuple[MaskedLM, list[Step]]:
-    """Its model, and how that came about."""
-    try:
-        run = RunConfig.model_validate(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
-    except ValidationError as error:
-        raise UserError(f"{folder / CONFIG} isn't a run that this version knows: {error}") from error
-    model = MaskedLM(run.model)
-    load_weights(model, ShardedTensors(folder, index_name(MODEL)), str(folder))
-    state = read_state(folder)
-    return model, lineage_of(run.start, state.lineage, state.step, state.tokens)

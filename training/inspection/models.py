@@ -5,21 +5,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
-from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from moe.heads import MaskedLM
-from moe.pretrained import CONFIG, TOKENIZER, load_model, load_weights
+from moe.pretrained import CONFIG, TOKENIZER, load_model
 from moe.tasks.model import TaskModel
 from routing.errors import UserError
 from training.checkpoint_files import CONFIG as RUN_CONFIG
-from training.checkpoint_files import MODEL, STATE, by_age, find_fault, index_name, last_saved, step_of
-from training.config import RunConfig
+from training.checkpoint_files import STATE, by_age, find_fault, last_saved, step_of
+from training.checkpoint_model import checkpoint_model
 from training.data.masking import MaskingConfig
 from training.data.tokenizer import load_tokenizer
-from training.shards import ShardedTensors
 
 LONGEST = 512  # where nothing says how text was cut in training
 
@@ -84,15 +81,8 @@ def _from_folder(folder: Path, name: str) -> Opened:
 def _from_checkpoint(folder: Path) -> Opened:
     if fault := find_fault(folder):
         raise UserError(f"{folder} is not a whole checkpoint: {fault}")
-    saved = _run_config(folder / RUN_CONFIG)
-    try:
-        run = RunConfig.model_validate(saved)
-    except ValidationError as error:
-        raise UserError(f"{folder / RUN_CONFIG} is not a run this version can read: {error}") from error
-    model = MaskedLM(run.model)
-    with torch.no_grad():
-        load_weights(model, ShardedTensors(folder, index_name(MODEL)), str(folder))
-    return _opened(model.eval(), folder, f"step {step_of(folder)}", step_of(folder), saved)
+    model, run, _ = checkpoint_model(folder)
+    return _opened(model, folder, f"step {step_of(folder)}", step_of(folder), run.model_dump())
 
 
 def _opened(model: MaskedLM | TaskModel, folder: Path, name: str, step: int | None, run: dict[str, Any]) -> Opened:
