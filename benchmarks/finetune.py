@@ -38,23 +38,25 @@ from training.finetune.finetune import finetune
 from training.pretrain import pretrain
 from training.process import tune_cpu
 
-LR = FinetuneOptimizerConfig().lr
 ENDINGS = (".jsonl", ".csv", ".tsv", ".parquet")
 Setting = dict[str, Any]  # of FinetuneConfig, in place of its own
 
-ABLATIONS: dict[str, Setting] = {  # of a FinetuneConfig's own values
-    "as it is": {},
-    "half the rate": {"optimizer": {"lr": LR / 2}},
-    "twice the rate": {"optimizer": {"lr": 2 * LR}},
-    "no layer decay": {"optimizer": {"layer_decay": 1.0}},
-    "router frozen": {"routing": {"router": {"kind": "frozen"}}},
-    "router at a tenth of the rate": {"routing": {"router": {"kind": "rate", "lr": LR / 10}}},
-    "expert dropout 0.1": {"routing": {"expert_dropout": 0.1}},
-    "expert dropout 0.4": {"routing": {"expert_dropout": 0.4}},
-    "balance loss a tenth": {"routing": {"balance_loss": 0.1}},
-    "no balance loss": {"routing": {"balance_loss": 0.0}},
-    "LoRA at 4 times the rate": {"lora": {}, "optimizer": {"lr": 4 * LR}},
-}
+
+def ablations(lr: float) -> dict[str, Setting]:
+    """What is changed, by name, of a FinetuneConfig with that learning rate."""
+    return {
+        "as it is": {},
+        "half the rate": {"optimizer": {"lr": lr / 2}},
+        "twice the rate": {"optimizer": {"lr": 2 * lr}},
+        "no layer decay": {"optimizer": {"layer_decay": 1.0}},
+        "router frozen": {"routing": {"router": {"kind": "frozen"}}},
+        "router at a tenth of the rate": {"routing": {"router": {"kind": "rate", "lr": lr / 10}}},
+        "expert dropout 0.1": {"routing": {"expert_dropout": 0.1}},
+        "expert dropout 0.4": {"routing": {"expert_dropout": 0.4}},
+        "balance loss a tenth": {"routing": {"balance_loss": 0.1}},
+        "no balance loss": {"routing": {"balance_loss": 0.0}},
+        "LoRA at 4 times the rate": {"lora": {}, "optimizer": {"lr": 4 * lr}},
+    }
 
 
 class Labelled(NamedTuple):
@@ -132,7 +134,7 @@ def pretraining(folder: Path, name: str, steps: int, corpus: Path | None, overri
 
 
 def tuning(
-    folder: Path, labelled: Labelled, model: Setting, setting: Setting, seeds: int, max_steps: int
+    folder: Path, labelled: Labelled, model: Setting, setting: Setting, lr: float, seeds: int, max_steps: int
 ) -> FinetuneConfig:
     """One arm on one set."""
     data: Setting = {"train": {"kind": "files", "files": [str(labelled.train)]}, "task": labelled.task}
@@ -147,6 +149,7 @@ def tuning(
             "data": data,
             "train": {"max_steps": max_steps, "evaluate_every": max(1, max_steps // 4), "precision": "bf16"},
             **setting,
+            "optimizer": {"lr": lr, **setting.get("optimizer", {})},
         }
     )
 
@@ -184,15 +187,17 @@ def named(folders: Sequence[Path]) -> dict[str, Path]:
     return models
 
 
-def arms_of(models: Mapping[str, Path], ablate: bool) -> dict[str, tuple[Setting, Setting]]:
+def arms_of(models: Mapping[str, Path], ablated: Mapping[str, Setting]) -> dict[str, tuple[Setting, Setting]]:
     """By contender, what it starts from, and what is changed about its fine-tuning.
 
     Args:
-        models: pre-trained ones by name; the last is ablated, and has an arm with random weights.
+        models: pre-trained ones by name.
+        ablated: settings by name, of which each is an arm of the last model; if there are none, each model is an arm,
+            and the last one with random weights.
     """
     last = [*models][-1]
-    if ablate:
-        return {f"ours, {name}": ({"path": str(models[last])}, setting) for name, setting in ABLATIONS.items()}
+    if ablated:
+        return {f"ours, {name}": ({"path": str(models[last])}, setting) for name, setting in ablated.items()}
     arms: dict[str, tuple[Setting, Setting]] = {
         f"ours, {name}": ({"path": str(path)}, {}) for name, path in models.items()
     }
@@ -204,6 +209,7 @@ def compare(
     sets: Sequence[Labelled],
     runs: Sequence[RunConfig],
     arms: Mapping[str, tuple[Setting, Setting]],
+    lr: float,
     seeds: int,
     max_steps: int,
 ) -> list[Row]:
@@ -217,7 +223,7 @@ def compare(
             place = folder / "tuned" / labelled.name / contender.replace(", ", "-").replace(" ", "-")
             model = {"kind": "pretrained", **model}
             with told(folder):
-                summary = finetune(tuning(place, labelled, model, setting, seeds, max_steps))
+                summary = finetune(tuning(place, labelled, model, setting, lr, seeds, max_steps))
             if summary is None:
                 raise KeyboardInterrupt  # asked to stop, and did
             rows.append(row_of(labelled, contender, summary))
@@ -237,6 +243,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", nargs="+", required=True, metavar="DIR[:KIND]", help="labelled sets")
     parser.add_argument("--seeds", type=at_least_one, default=3, help="of each arm (default 3)")
     parser.add_argument("--steps", type=at_least_one, default=300, help="of fine-tuning, 32 examples each (300)")
+    lr = FinetuneOptimizerConfig().lr
+    parser.add_argument("--lr", type=float, default=lr, help=f"of fine-tuning, at its highest (default {lr:g})")
     parser.add_argument("--pretrain-steps", type=at_least_one, default=2000, help="2048 tokens each (default 2000)")
     parser.add_argument("--corpus", type=Path, help="text to pre-train on: a file, or a folder of .txt files")
     parser.add_argument("--models", nargs="+", type=Path, default=[], metavar="DIR", help="pre-trained models, instead")
@@ -257,8 +265,8 @@ def main(words: Sequence[str] | None = None) -> None:
                 pretraining(folder, name, options.pretrain_steps, options.corpus, options.override) for name in names
             ]
             models |= {name: folder / name / "model" for name in names}
-            arms = arms_of(models, options.ablate)
-            rows = compare(folder, sets, runs, arms, options.seeds, options.steps)
+            arms = arms_of(models, ablations(options.lr) if options.ablate else {})
+            rows = compare(folder, sets, runs, arms, options.lr, options.seeds, options.steps)
         stop_processes()
     except UserError as error:
         raise SystemExit(f"benchmarks.finetune: {error}") from error

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.finetune import ABLATIONS, arms_of, dense_of, labelled_set, named, pretraining, tuning
+from benchmarks.finetune import ablations, arms_of, dense_of, labelled_set, named, pretraining, tuning
 from moe.config import EncoderConfig
 from routing.errors import UserError
 from tests.training.conftest import ROOT
@@ -70,10 +70,11 @@ def test_the_dense_arm_has_what_a_token_meets_but_for_routers(tmp_path: Path) ->
 
 def test_each_ablation_changes_its_own_setting_only(tmp_path: Path) -> None:
     labelled = labelled_set(folder_of(tmp_path / "set", [{"text": "a", "label": "b"}]))
-    arms = arms_of({"dense": tmp_path / "dense", "routed": tmp_path / "routed"}, ablate=True)
-    assert [*arms] == [f"ours, {name}" for name in ABLATIONS]
+    arms = arms_of({"dense": tmp_path / "dense", "routed": tmp_path / "routed"}, ablations(1e-3))
+    assert [*arms] == [f"ours, {name}" for name in ablations(1e-3)]
     runs = [
-        tuning(tmp_path, labelled, {"kind": "pretrained", **model}, setting, 2, 8) for model, setting in arms.values()
+        tuning(tmp_path, labelled, {"kind": "pretrained", **model}, setting, 1e-3, 2, 8)
+        for model, setting in arms.values()
     ]
     first = runs[0].model_dump()
     changed = [{key for key, value in run.model_dump().items() if value != first[key]} for run in runs]

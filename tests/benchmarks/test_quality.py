@@ -130,7 +130,7 @@ def test_a_whole_small_comparison(
     assert all(name in printed for name in ARMS)
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     models = {name: tmp_path / "kept" / f"{name} 0" for name in ARMS}
-    assert [*arms_of(models, ablate=False)] == [*(f"ours, {name}" for name in ARMS), "ours, upcycled, random start"]
+    assert [*arms_of(models, {})] == [*(f"ours, {name}" for name in ARMS), "ours, upcycled, random start"]
     assert [len(from_pretrained(path).encoder.routers()) for path in models.values()] == [0, 2, 1]
 
 

@@ -113,7 +113,7 @@ class FinetuneRoutingConfig(Config):
 class FinetuneOptimizerConfig(AdamWConfig):
     """AdamW, warmed up and then let down linearly."""
 
-    lr: float = Field(default=5e-4, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup: float = Field(default=0.1, ge=0, lt=1)  # share of the steps
     final: float = Field(default=0.0, ge=0, le=1)  # times the peak, in the end
