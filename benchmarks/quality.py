@@ -26,9 +26,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.common import Row, arguments, at_least_one, show, writable_file, writable_folder
-from benchmarks.quality_arm import Arm, MidUpcycleConfig, seconds_spent, steps_spent, train_in_turns
+from benchmarks.quality_arm import Arm, CourseConfig, seconds_spent, steps_spent, train_in_turns
 from routing.errors import UserError
-from training.config import RunConfig, load_run_config, read_yaml
+from training.config import RunConfig, load_run_config, read_yaml, validated
 from training.data.prepare import prepare
 from training.engine import Ranks, start_processes, stop_processes
 from training.process import tune_cpu
@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     """What an arm is."""
 
     run: RunConfig
-    upcycling: MidUpcycleConfig | None
+    course: CourseConfig
 
 
 def plans_of(
@@ -53,14 +53,19 @@ def plans_of(
     if unknown:
         raise UserError(f"{arms} has no arm {unknown[0]!r}; it has {', '.join(map(repr, given))}")
     common = {"seed": seed, "data.corpus": corpus_of(data), "data.held_out": corpus_of(valid)}
-    return {name: plan_of({**common, **given[name]}, overrides) for name in names}
+    plans = {name: plan_of({**common, **given[name]}, overrides, f"{arms}, {name!r},") for name in names}
+    if plans[names[0]].course.upcycle:
+        raise UserError(
+            f"the others can't be held against {names[0]!r}, which is upcycled on its way; let another arm be the first"
+        )
+    return plans
 
 
-def plan_of(arm: dict[str, Any], overrides: Sequence[str]) -> Plan:
-    """Of an arm's overrides; `upcycle` among them is no override but a MidUpcycleConfig."""
-    overrides = [*overrides, *(f"{path}={json.dumps(value)}" for path, value in arm.items() if path != "upcycle")]
-    upcycling = MidUpcycleConfig.model_validate(arm["upcycle"]) if "upcycle" in arm else None
-    return Plan(load_run_config(HERE / "quality_base.yaml", overrides), upcycling)
+def plan_of(arm: dict[str, Any], overrides: Sequence[str], source: str) -> Plan:
+    """Of an arm's overrides; those that CourseConfig names are none of the run's."""
+    course = {key: value for key, value in arm.items() if key in CourseConfig.model_fields}
+    overrides = [*overrides, *(f"{path}={json.dumps(value)}" for path, value in arm.items() if path not in course)]
+    return Plan(load_run_config(HERE / "quality_base.yaml", overrides), validated(course, [], CourseConfig, source))
 
 
 def rows_of(text: str) -> list[Row]:
@@ -89,10 +94,10 @@ def train_together(
     """
     arms: list[Arm] = []
     start: dict[str, torch.Tensor] = {}
-    for name, (run, upcycling) in plans.items():
+    for name, (run, course) in plans.items():
         with TemporaryDirectory() as folder:
             run = run.model_copy(update={"run_dir": folder})
-            arm = Arm(name, run, prepare(run.data), ranks, start, upcycling)
+            arm = Arm(name, run, prepare(run.data), ranks, start, course)
         start = start or arm.weights()
         arms.append(arm)
     first = arms[0]
@@ -187,8 +192,8 @@ def plot(rows: list[Row], path: Path) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__)
     parser.set_defaults(threads=2)
-    parser.add_argument("--data", type=Path, required=True, help="training text: a file, or a folder of .txt files")
-    parser.add_argument("--valid", type=Path, required=True, help="held-out text")
+    parser.add_argument("--data", type=Path, help="training text: a file, or a folder of .txt files")
+    parser.add_argument("--valid", type=Path, help="held-out text")
     parser.add_argument("--minutes", type=float, default=15.0, help="of each arm's training (default 15)")
     parser.add_argument("--steps", type=at_least_one, help="of each arm instead of minutes, for quick trials")
     parser.add_argument("--seeds", type=int, default=1, help="how many (default 1); 0: only show what `--with` names")
@@ -206,6 +211,12 @@ def main(words: Sequence[str] | None = None) -> None:
         "--keep", type=writable_folder, metavar="DIR", help="keep models: DIR/ARM SEED, as benchmarks.finetune reads"
     )
     options = parser.parse_args(words)
+    if options.seeds < 0 or options.first_seed < 0:
+        parser.error("--seeds and --first-seed are whole numbers of at least 0")
+    if options.seeds and not (options.data and options.valid):
+        parser.error("name the training text with --data and the held-out text with --valid")
+    if not options.seeds and not options.others:
+        parser.error("--seeds 0 trains nothing; name what to show with --with")
     torch.set_num_threads(options.threads)
     rows: list[Row] = []
     try:

@@ -14,6 +14,7 @@ from pydantic import Field
 from moe.pretrained import save_pretrained
 from moe.upcycling import UpcycleConfig, upcycle
 from routing import RoutingStats, add_stats, max_over_mean
+from routing.base_config import Config
 from training.config import RunConfig
 from training.data.position import Position
 from training.data.prepare import PreparedData
@@ -41,6 +42,20 @@ class MidUpcycleConfig(UpcycleConfig):
     at: float = Field(gt=0, lt=1)  # share of the budget
 
 
+class RouterRateConfig(Config):
+    """Routers that learn at a rate of their own."""
+
+    factor: float = Field(default=1.0, gt=0)  # of all else's rate
+    after: float = Field(default=0.0, ge=0, lt=1)  # share of the budget through which they stay as they are
+
+
+class CourseConfig(Config):
+    """What is otherwise on an arm's way than its run can say."""
+
+    upcycle: MidUpcycleConfig | None = None
+    routers: RouterRateConfig | None = None
+
+
 class Snapshot(NamedTuple):
     """All that a branch needs, in memory."""
 
@@ -56,7 +71,7 @@ class Arm:
 
     Args:
         start: weights by name; those that this model has too, in that shape, it starts from.
-        upcycling: what becomes of the model, and when.
+        course: what happens on the way.
     """
 
     def __init__(
@@ -66,11 +81,13 @@ class Arm:
         data: PreparedData,
         ranks: Ranks,
         start: dict[str, torch.Tensor],
-        upcycling: MidUpcycleConfig | None = None,
+        course: CourseConfig | None = None,
     ) -> None:
         self.name = name
-        self._run, self._data, self._ranks, self._upcycling = run, data, ranks, upcycling
+        self._run, self._data, self._ranks = run, data, ranks
+        self._upcycling, self._routers = (course.upcycle, course.routers) if course else (None, None)
         self._parts = assemble(run, data, ranks)
+        self._set_routers_apart()
         self._lr, self._warm_from = run.optimizer.lr, 0
         self._objective = MaskedLMObjective(run.model.depth, run.objective)
         with torch.no_grad():
@@ -94,6 +111,9 @@ class Arm:
         begin = time.perf_counter()
         if self._upcycling and share >= self._upcycling.at:
             self._upcycle(self._upcycling)
+        for group in self._parts.engine.optimizer.param_groups:
+            if self._routers and group.get("routers"):
+                group["lr_factor"] = self._routers.factor if share >= self._routers.after else 0.0
         warm = min(1.0, (self.step - self._warm_from + 1) / WARMUP)
         set_learning_rate(self._parts.engine, self._lr * warm * max(0.0, min(1.0, (1 - share) / DECAY)))
         result = train_step(self._parts.engine, self._parts.stream.next_step(), self._objective, self._ranks, self.step)
@@ -112,6 +132,7 @@ class Arm:
         routed = upcycle(before.module, config)
         run = self._run.model_copy(update={"model": routed.config})
         self._parts = assemble(run, self._data, self._ranks, routed.state_dict())
+        self._set_routers_apart()
         self._parts.stream.position = position
         moments = {name: before.optimizer.state[p] for name, p in before.module.named_parameters()}
         optimizer = self._parts.engine.optimizer
@@ -120,6 +141,15 @@ class Arm:
                 optimizer.state[parameter] = moments[name]
         self.parameters, self.active = run.model.num_params(), run.model.num_active_params()
         self._upcycling, self._warm_from = None, self.step
+
+    def _set_routers_apart(self) -> None:
+        """Their parameters in groups of their own, if they have a rate of their own."""
+        engine = self._parts.engine
+        routers = {id(p) for router in engine.module.routers().values() for p in router.parameters()}
+        for group in list(engine.optimizer.param_groups) if self._routers else []:
+            theirs = [p for p in group["params"] if id(p) in routers]
+            group["params"] = [p for p in group["params"] if id(p) not in routers]
+            engine.optimizer.param_groups.append({**group, "params": theirs, "routers": True})
 
     def save(self, folder: Path) -> None:
         """As a model folder, for `moe finetune` and the like."""

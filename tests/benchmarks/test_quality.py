@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import quality
 from benchmarks.finetune import arms_of
-from benchmarks.quality_arm import Arm, MidUpcycleConfig, steps_spent, train_in_turns
+from benchmarks.quality_arm import Arm, CourseConfig, MidUpcycleConfig, RouterRateConfig, steps_spent, train_in_turns
 from moe.pretrained import from_pretrained
 from routing.errors import UserError
 from training.config import load_run_config
@@ -60,9 +60,12 @@ def small(text: Path, *more: str) -> list[str]:
     ]
 
 
-def arm_of(folder: Path, ranks: Ranks, overrides: list[str], upcycling: MidUpcycleConfig | None = None) -> Arm:
+UPCYCLED = CourseConfig(upcycle=MidUpcycleConfig(at=0.5, experts=4, layers=(0,)))
+
+
+def arm_of(folder: Path, ranks: Ranks, overrides: list[str], course: CourseConfig | None = None) -> Arm:
     run = load_run_config(quality.HERE / "quality_base.yaml", [*overrides, f"run_dir={folder}"])
-    return Arm("arm", run, prepare(run.data), ranks, {}, upcycling)
+    return Arm("arm", run, prepare(run.data), ranks, {}, course)
 
 
 def test_a_branch_is_the_run_that_had_that_budget(text: Path, tmp_path: Path, ranks: Ranks) -> None:
@@ -78,7 +81,7 @@ def test_a_branch_is_the_run_that_had_that_budget(text: Path, tmp_path: Path, ra
 def test_upcycling_on_the_way_changes_no_output_and_keeps_what_adamw_knows(
     text: Path, tmp_path: Path, ranks: Ranks
 ) -> None:
-    arm = arm_of(tmp_path, ranks, small(text), MidUpcycleConfig(at=0.5, experts=4, layers=(0,)))
+    arm = arm_of(tmp_path, ranks, small(text), UPCYCLED)
     dense = arm_of(tmp_path, ranks, small(text))
     for each in (arm, dense):
         for step in range(4):
@@ -102,11 +105,36 @@ def test_upcycling_on_the_way_changes_no_output_and_keeps_what_adamw_knows(
 
 
 def test_an_arm_goes_on_with_the_same_text_after_upcycling(text: Path, tmp_path: Path, ranks: Ranks) -> None:
-    arm = arm_of(tmp_path, ranks, small(text), MidUpcycleConfig(at=0.5, experts=4, layers=(0,)))
+    arm = arm_of(tmp_path, ranks, small(text), UPCYCLED)
     other = arm_of(tmp_path, ranks, small(text))
     train_in_turns([arm, other], 6, steps_spent)
     assert arm._parts.stream.position == other._parts.stream.position
     assert arm.tokens == other.tokens
+
+
+def test_routers_may_stay_as_they_are_and_learn_at_a_rate_of_their_own(
+    text: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    routed = small(text, f"model.block.feed_forward={json.dumps(EXPERTS)}")
+    alike, slow, late = (
+        arm_of(tmp_path, ranks, routed, CourseConfig(routers=routers))
+        for routers in (None, RouterRateConfig(factor=0.1), RouterRateConfig(after=0.5))
+    )
+    before = alike.weights()
+    for arm in (alike, slow, late):
+        arm.train(0.0)
+    for name, weight in alike.weights().items():
+        moved, slowly, not_yet = ((arm.weights()[name] - before[name]) for arm in (alike, slow, late))
+        if "router.logits" in name:
+            torch.testing.assert_close(slowly, 0.1 * moved, rtol=1e-2, atol=1e-9)
+            assert moved.any()
+            assert not not_yet.any()
+        else:
+            assert torch.equal(slowly, moved)
+            assert torch.equal(not_yet, moved)
+    late.train(0.5)
+    name = next(name for name in before if "router.logits" in name)
+    assert (late.weights()[name] != before[name]).any()
 
 
 def test_a_whole_small_comparison(
@@ -138,8 +166,29 @@ def test_what_is_not_there_is_told(text: Path, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "arms.yaml").write_text(json.dumps(ARMS))
     with pytest.raises(UserError, match=r"no arm 'sparse'; it has 'dense', 'routed', 'upcycled'"):
         quality.plans_of(tmp_path / "arms.yaml", ["sparse"], text, text, 0)
+    with pytest.raises(UserError, match=r"can't be held against 'upcycled', which is upcycled on its way"):
+        quality.plans_of(tmp_path / "arms.yaml", ["upcycled", "dense"], text, text, 0)
+    (tmp_path / "bad.yaml").write_text(json.dumps({"dense": {}, "late": {"upcycle": {"at": 2, "experts": 4}}}))
+    with pytest.raises(UserError, match=r"'late', is not a valid run:\n  upcycle\.at: .*less than 1 \(given: 2\)"):
+        quality.plans_of(tmp_path / "bad.yaml", None, text, text, 0)
     with pytest.raises(UserError, match=r"no\.yaml"):
         quality.plans_of(tmp_path / "no.yaml", None, text, text, 0)
     with pytest.raises(SystemExit):
         quality.main(["--data", str(text), "--valid", str(text), "--with", str(tmp_path / "no.json")])
     assert "no.json holds no rows of this benchmark" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "name the training text with --data and the held-out text with --valid"),
+        (["--seeds", "0"], "--seeds 0 trains nothing; name what to show with --with"),
+        (["--seeds", "-1"], "whole numbers of at least 0"),
+    ],
+)
+def test_options_that_name_nothing_to_do_are_told(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        quality.main(words)
+    assert message in capsys.readouterr().err
