@@ -329,6 +329,9 @@ def build_engine(
         # `step_and_norm` clips. DeepSpeed would take the mean of the ranks' own norms for the norm, which it isn't
         # where experts are spread (its issues 8475 and 8613).
         engine.clip_fp32_gradients = lambda: None
+        if ranks.world == 1:
+            # Nothing to sum. DeepSpeed would copy all gradients into one buffer and back.
+            engine._reduce_non_expert_gradients = lambda *_: None
     return engine
 
 
