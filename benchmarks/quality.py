@@ -13,7 +13,7 @@ Seeds can be run side by side, in processes of one thread: `--first-seed 1`, and
 """
 
 import json
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -34,6 +34,21 @@ from training.engine import Ranks, start_processes, stop_processes
 from training.process import tune_cpu
 
 HERE = Path(__file__).parent
+COLUMNS = (
+    "contender",
+    "seed",
+    "parameters",
+    "active",
+    "steps",
+    "tokens per second",
+    "speed",
+    "loss",
+    "equal time",
+    "equal steps",
+    "per step",
+    "window",
+    "curve",
+)
 
 
 class Plan(NamedTuple):
@@ -74,6 +89,8 @@ def rows_of(text: str) -> list[Row]:
         rows: list[Row] = json.loads(Path(text).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArgumentTypeError(f"{text} holds no rows of this benchmark: {error}") from None
+    if not all(isinstance(row, dict) and {*COLUMNS} <= row.keys() for row in rows):
+        raise ArgumentTypeError(f"{text} holds no rows of this benchmark: not all of them have {', '.join(COLUMNS)}")
     return rows
 
 
@@ -123,6 +140,7 @@ def train_together(
                 "parameters": arm.parameters,
                 "active": arm.active,
                 "steps": point.step,
+                "tokens per second": arm.tokens / arm.seconds,
                 "speed": arm.tokens / arm.seconds / speed,
                 "loss": point.loss,
                 "equal time": point.loss - ended[first.name].loss if steps is None else None,
@@ -154,6 +172,7 @@ def summed_up(rows: list[Row]) -> list[Row]:
                 "active": f"{mine[0]['active']:,}",
                 "parameters": f"{mine[0]['parameters']:,}",
                 "steps": round(fmean(row["steps"] for row in mine)),
+                "tokens per second": round(fmean(row["tokens per second"] for row in mine)),
                 "speed": fmean(row["speed"] for row in mine),
                 "loss": fmean(row["loss"] for row in mine),
                 "equal time": spread("equal time"),
@@ -164,6 +183,20 @@ def summed_up(rows: list[Row]) -> list[Row]:
                 },
             }
         )
+    return table
+
+
+def on_the_way(rows: list[Row]) -> list[Row]:
+    """One row per arm: held-out loss after each fifth of the budget, and the steps made by then; means over seeds."""
+    table: list[Row] = []
+    for name in dict.fromkeys(row["contender"] for row in rows):
+        curves = [row["curve"] for row in rows if row["contender"] == name]
+        cells: Row = {"contender": name}
+        for fifth in range(1, 6):
+            points = [curve[round(fifth / 5 * (len(curve) - 1))] for curve in curves]
+            loss, steps = fmean(point[2] for point in points), fmean(point[1] for point in points)
+            cells[f"{fifth}/5"] = f"{loss:.3f} at {steps:,.0f}"
+        table.append(cells)
     return table
 
 
@@ -187,6 +220,25 @@ def plot(rows: list[Row], path: Path) -> None:
         axes.set(xlabel=label, ylabel="held-out loss, nats", ylim=(min(map(min, lines)) - 0.1, top + 0.1))
     figure.axes[0].legend(fontsize=7)
     canvas.print_figure(str(path))
+
+
+def train_seeds(options: Namespace) -> list[Row]:
+    """All arms of every seed; what is done is written after each seed."""
+    rows: list[Row] = []
+    try:
+        seeds = [
+            plans_of(options.arms, options.only, options.data, options.valid, seed, options.override)
+            for seed in range(options.first_seed, options.first_seed + options.seeds)
+        ]
+        ranks = start_processes()
+        for plans in seeds:
+            rows += train_together(plans, ranks, 60 * options.minutes, options.steps, options.keep)
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        stop_processes()
+    except UserError as error:
+        raise SystemExit(f"benchmarks.quality: {error}") from error
+    return rows
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -218,24 +270,11 @@ def main(words: Sequence[str] | None = None) -> None:
     if not options.seeds and not options.others:
         parser.error("--seeds 0 trains nothing; name what to show with --with")
     torch.set_num_threads(options.threads)
-    rows: list[Row] = []
-    try:
-        seeds = [
-            plans_of(options.arms, options.only, options.data, options.valid, seed, options.override)
-            for seed in range(options.first_seed, options.first_seed + options.seeds)
-        ]
-        ranks = start_processes()
-        for plans in seeds:
-            rows += train_together(plans, ranks, 60 * options.minutes, options.steps, options.keep)
-            if options.json:  # a long run that is broken off keeps its whole seeds
-                options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        stop_processes()
-    except UserError as error:
-        raise SystemExit(f"benchmarks.quality: {error}") from error
-    budget = f"{options.steps} steps" if options.steps else f"{options.minutes:g} minutes"
+    rows = train_seeds(options) if options.seeds else []
     rows += [row for others in options.others for row in others]  # only now that its own are written
-    count = len({row["seed"] for row in rows})
-    show(f"{budget} of training, {count} seeds, {options.threads} threads, {ranks.device.type}", summed_up(rows), None)
+    minutes = fmean(row["curve"][-1][0] for row in rows) / 60
+    show(f"{len({row['seed'] for row in rows})} seeds, {minutes:.3g} minutes of training", summed_up(rows), None)
+    show("held-out loss at step, after each fifth of the budget", on_the_way(rows), None)
     if options.plot:
         plot(rows, options.plot)
 

@@ -123,7 +123,7 @@ def test_routers_may_stay_as_they_are_and_learn_at_a_rate_of_their_own(
     before = alike.weights()
     for arm in (alike, slow, late):
         arm.train(0.0)
-    for name, weight in alike.weights().items():
+    for name in before:
         moved, slowly, not_yet = ((arm.weights()[name] - before[name]) for arm in (alike, slow, late))
         if "router.logits" in name:
             torch.testing.assert_close(slowly, 0.1 * moved, rtol=1e-2, atol=1e-9)
@@ -156,6 +156,9 @@ def test_a_whole_small_comparison(
     assert all(row["speed"] == 1 and row["equal time"] == row["equal steps"] == 0 for row in rows[::3])
     printed = capsys.readouterr().out
     assert all(name in printed for name in ARMS)
+    dense = [row["curve"][-1] for row in rows[::3]]
+    loss, steps = (sum(point[i] for point in dense) / 2 for i in (2, 1))
+    assert f"{loss:.3f} at {steps:,.0f}" in printed
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     models = {name: tmp_path / "kept" / f"{name} 0" for name in ARMS}
     assert [*arms_of(models, {})] == [*(f"ours, {name}" for name in ARMS), "ours, upcycled, random start"]
@@ -176,6 +179,10 @@ def test_what_is_not_there_is_told(text: Path, tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         quality.main(["--data", str(text), "--valid", str(text), "--with", str(tmp_path / "no.json")])
     assert "no.json holds no rows of this benchmark" in capsys.readouterr().err
+    (tmp_path / "other.json").write_text('[{"contender": "dense"}]')
+    with pytest.raises(SystemExit):
+        quality.main(["--seeds", "0", "--with", str(tmp_path / "other.json")])
+    assert "not all of them have contender, seed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
