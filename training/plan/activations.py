@@ -7,6 +7,7 @@ of experts, D width, H heads, C channels of a head, E experts, F hidden width, P
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from moe.attention.mixed import MixedAttentionConfig
 from moe.config import AttentionConfig, BlockConfig, DenseConfig, ExpertsConfig, SoftmaxAttentionConfig
 from moe.feed_forward import input_width
 from moe.norms import PRE_NORM
@@ -124,12 +125,14 @@ def _norm(s: Setting) -> float:
 
 
 def _attention(config: AttentionConfig, s: Setting) -> Part:
+    if isinstance(config, MixedAttentionConfig) and isinstance(config.positions, RotaryConfig) and not config.bias:
+        return _mixed_attention(config, s)
     if not isinstance(config, SoftmaxAttentionConfig) or config != SoftmaxAttentionConfig(
         heads=config.heads, positions=config.positions if isinstance(config.positions, RotaryConfig) else RotaryConfig()
     ):
         raise UserError(
-            f"what attention of kind {config.kind} keeps in memory isn't known here; plan with kind: softmax, without "
-            "biases or head_width and with rotary positions"
+            f"what attention of kind {config.kind} keeps in memory isn't known here; plan with kind: softmax or "
+            "kind: mixed, without biases or head_width and with rotary positions"
         )
     float_core = s.half and not s.cuda  # on a CPU the core is float32: query, key and value are copied
     core = 3 * FLOAT if float_core else 5 * s.size  # rotated query and key, and all three through the value's view
@@ -146,6 +149,29 @@ def _attention(config: AttentionConfig, s: Setting) -> Part:
         casts=2 * 4 * s.width**2 if s.half else 0,
         parameters=4 * s.width**2 + s.width,
         largest=3 * s.width**2,
+    )
+
+
+def _mixed_attention(config: MixedAttentionConfig, s: Setting) -> Part:
+    """I: width of a half."""
+    inner, heads = s.width // config.head_ratio, config.heads // config.head_ratio
+    kernels = heads * config.kernel_size
+    float_core = s.half and not s.cuda
+    projected = 4 * inner * s.size  # query, key and both values; views keep it whole
+    core = inner * (4 * FLOAT if float_core else 3 * s.size)  # query and key turned, on a CPU all three; mixed values
+    span = s.width * s.size + 2 * inner * s.size  # convolved tokens; keys, and their products with the queries
+    made = kernels * (FLOAT + s.size if s.half else FLOAT)  # softmax, and the kernels in the dtype of the values
+    rows = 2 * 8 + 2  # where a token's row is, and a row's token; around a sequence there are some more
+    angles = 2 * FLOAT * (inner // heads) // 2
+    saved = s.width * s.size + projected + core + span + made + 2 * inner * s.size + rows + angles + FLOAT * heads
+    parameters = config.num_params(s.width)
+    return Part(
+        saved=_norm(s) + s.tokens * saved + _mask(s),
+        forward=s.tokens * s.width * (3 * FLOAT + 2 * s.size),
+        backward=s.tokens * s.width * (4 * FLOAT + 3 * s.size),  # a CPU convolves in float32
+        casts=2 * parameters if s.half else 0,
+        parameters=parameters + s.width,
+        largest=4 * inner * s.width,
     )
 
 

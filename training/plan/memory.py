@@ -83,8 +83,8 @@ def _moments(run: RunConfig, usages: Iterable[Usage], states: States, accumulati
             gradients = before + early + FLOAT * usage.largest
             buffers = gathered + (bucket if usage.backward or stage == 3 else 0.0) + (flat if early else 0.0)
         yield moment(when, gradients, buffers, usage)
-    if stage == 0:
-        yield moment("reduction", here, min(here, FLOAT * _ALL_REDUCE))
+    if stage == 0:  # one rank alone sums nothing (`training.engine`)
+        yield moment("reduction", here, 0.0 if states.alone else min(here, FLOAT * _ALL_REDUCE))
     elif stage == 1:
         yield moment("reduction", max(0.0, here - bucket) + owned, bucket + flat)
     else:

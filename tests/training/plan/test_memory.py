@@ -17,6 +17,7 @@ from training.plan.specs import GPUS
 BF16: Changes = {"train__precision": "bf16"}
 RECOMPUTED: Changes = {"train__activation_checkpointing": True}
 DEEP: Changes = {"model__depth": 4}
+MIXED: Changes = {"model__block__attention": {"kind": "mixed", "heads": 4}}
 # More parameters than activations, and gradients that fill many buckets, or none.
 HEAVY: Changes = {"model__width": 256, "train__micro_batch_tokens": 256, "train__step_tokens": 256}
 SMALL_BUCKET: Changes = {"engine__deepspeed": {"zero_optimization": {"reduce_bucket_size": 1000}}}
@@ -32,6 +33,12 @@ RUNS: dict[str, Changes] = {
     "short sequences": {"data__max_length": 16},
     "long sequences bf16": BF16 | {"data__max_length": 1024},
     "many words bf16": BF16 | {"model__vocab_size": 8192},
+    "mixed attention": DEEP | MIXED,
+    "mixed attention bf16": DEEP | BF16 | MIXED,
+    "mixed attention bf16 recomputed": DEEP | BF16 | RECOMPUTED | MIXED,
+    "mixed attention with wide kernels": {
+        "model__block__attention": {"kind": "mixed", "heads": 4, "head_ratio": 1, "kernel_size": 15}
+    },
     "ZeRO-0": HEAVY,
     "ZeRO-1": HEAVY | SMALL_BUCKET | {"parallel__zero_stage": 1},
     "ZeRO-2": HEAVY | SMALL_BUCKET | {"parallel__zero_stage": 2},

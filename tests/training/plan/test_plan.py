@@ -191,7 +191,7 @@ def test_what_does_not_fit_is_printed_all_the_same(capsys: pytest.CaptureFixture
 
 
 UNKNOWN_MEMORY = {  # configs of what has no memory model yet
-    "convbert-small": "attention of kind mixed",
+    "convbert-small": "a feed-forward network of kind grouped",
     "long-local": "attention of kind local",
     "adaptive-resolution": "attention of kind adaptive_resolution",
     "routed-heads": "attention of kind routed_heads",
