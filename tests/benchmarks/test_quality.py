@@ -165,6 +165,15 @@ def test_a_whole_small_comparison(
     assert [len(from_pretrained(path).encoder.routers()) for path in models.values()] == [0, 2, 1]
 
 
+@pytest.mark.parametrize("name", ["quality_arms.yaml", "quality_trials.yaml"])
+def test_every_arm_that_comes_with_it_can_be_planned(name: str, text: Path) -> None:
+    plans = quality.plans_of(quality.HERE / name, None, text, text, 0)
+    assert len(plans) > 5
+    for arm, plan in plans.items():
+        assert (plan.course.upcycle is not None) == ("upcycled" in arm)
+        assert (plan.course.routers is not None) == ("routers" in arm)
+
+
 def test_what_is_not_there_is_told(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "arms.yaml").write_text(json.dumps(ARMS))
     with pytest.raises(UserError, match=r"no arm 'sparse'; it has 'dense', 'routed', 'upcycled'"):
