@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import Field
 
+from moe.heads import MaskedLM
 from moe.pretrained import save_pretrained
-from moe.upcycling import UpcycleConfig, upcycle
+from moe.upcycling import UpcycleConfig, sum_of_gates, upcycle
 from routing import RoutingStats, add_stats, max_over_mean
 from routing.base_config import Config
 from training.config import RunConfig
@@ -88,7 +89,7 @@ class Arm:
         self._upcycling, self._routers = (course.upcycle, course.routers) if course else (None, None)
         self._parts = assemble(run, data, ranks)
         self._set_routers_apart()
-        self._lr, self._warm_from = run.optimizer.lr, 0
+        self._lr = run.optimizer.lr
         self._objective = MaskedLMObjective(run.model.depth, run.objective)
         with torch.no_grad():
             for key, tensor in self._parts.engine.module.state_dict().items():
@@ -114,7 +115,7 @@ class Arm:
         for group in self._parts.engine.optimizer.param_groups:
             if self._routers and group.get("routers"):
                 group["lr_factor"] = self._routers.factor if share >= self._routers.after else 0.0
-        warm = min(1.0, (self.step - self._warm_from + 1) / WARMUP)
+        warm = min(1.0, (self.step + 1) / WARMUP)
         set_learning_rate(self._parts.engine, self._lr * warm * max(0.0, min(1.0, (1 - share) / DECAY)))
         result = train_step(self._parts.engine, self._parts.stream.next_step(), self._objective, self._ranks, self.step)
         took = time.perf_counter() - begin
@@ -127,20 +128,28 @@ class Arm:
         return took
 
     def _upcycle(self, config: UpcycleConfig) -> None:
-        """Go on routed. AdamW keeps what it knows of parameters that stay; for the others the rate warms up again."""
+        """Go on routed; AdamW goes on with what it knows."""
         before, position = self._parts.engine, self._parts.stream.position
-        routed = upcycle(before.module, config)
+        dense, known = before.module, before.optimizer.state
+        moments = {
+            moment: upcycled_moment(
+                {name: known[p][moment] for name, p in dense.named_parameters()}, order, dense, config
+            )
+            for order, moment in ((1, "exp_avg"), (2, "exp_avg_sq"))
+        }
+        steps = next(iter(known.values()))["step"]
+        routed = upcycle(dense, config)
         run = self._run.model_copy(update={"model": routed.config})
         self._parts = assemble(run, self._data, self._ranks, routed.state_dict())
         self._set_routers_apart()
         self._parts.stream.position = position
-        moments = {name: before.optimizer.state[p] for name, p in before.module.named_parameters()}
-        optimizer = self._parts.engine.optimizer
-        for name, parameter in self._parts.engine.module.named_parameters():
-            if name in moments and moments[name]["exp_avg"].shape == parameter.shape:
-                optimizer.state[parameter] = moments[name]
+        engine = self._parts.engine
+        for name, parameter in engine.module.named_parameters():
+            if name in moments["exp_avg"]:
+                state = {moment: tensors[name] for moment, tensors in moments.items()}
+                engine.optimizer.state[parameter] = {"step": steps.clone(), **state}
         self.parameters, self.active = run.model.num_params(), run.model.num_active_params()
-        self._upcycling, self._warm_from = None, self.step
+        self._upcycling = None
 
     def _set_routers_apart(self) -> None:
         """Their parameters in groups of their own, if they have a rate of their own."""
@@ -194,6 +203,31 @@ class Arm:
         while self.step < steps:
             self.train(self.step / steps)
         return self._parts.evaluate().loss
+
+
+def upcycled_moment(
+    moments: dict[str, torch.Tensor], order: int, dense: MaskedLM, config: UpcycleConfig
+) -> dict[str, torch.Tensor]:
+    """A moment of the gradient for each parameter of the routed model but its routers, which know nothing yet.
+
+    A copy meets its share of the tokens, in which gradients are taken to be mostly noise: so both moments are that
+    share of the dense network's. Matrices that were multiplied by f have gradients of 1/f.
+
+    Args:
+        moments: of the dense model's parameters, by name.
+        order: 1 or 2.
+    """
+    carrier = MaskedLM(dense.config)
+    carrier.load_state_dict({**dense.state_dict(), **moments})
+    copies, factor = config.experts // config.granularity, config.granularity / sum_of_gates(config)
+    found = {}
+    for name, tensor in upcycle(carrier, config).named_parameters():
+        share = 1 / copies if ".experts." in name else 1.0
+        if name.endswith("experts.down"):  # multiplied by f as if it were the matrix
+            share /= factor ** (order + 1)
+        if ".router." not in name:
+            found[name] = tensor.detach() * share
+    return found
 
 
 def seconds_spent(arm: Arm) -> float:

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from moe.attention.from_softmax import routed_heads_from_softmax
-from moe.attention.routed_heads import HeadRouterConfig, RoutedHeadsConfig
+from moe.attention.routed_heads import HeadRouterConfig, RoutedHeadsConfig, gate_scale
 from moe.attention.softmax import SoftmaxAttention, SoftmaxAttentionConfig
 from moe.config import BlockOverride, EncoderConfig, EveryNth
 from moe.experts.config import ExpertsConfig
@@ -96,8 +96,8 @@ def upcycle(dense: MaskedLM | TaskModel, config: UpcycleConfig) -> MaskedLM | Ta
 
     Feed-forward networks become experts (sparse upcycling, arXiv 2212.05055; fine-grained, 2410.07524), and attention
     heads routed heads if `config.heads` is given. An expert's last matrix is multiplied by G, as the gates of a copy's
-    slices sum up to its share of 1. Where gates don't sum to 1, it is also multiplied by E / K, as for a router of
-    equal opinions.
+    slices sum up to its share of 1. Where gates don't sum to 1, it is also divided by what they sum to for a router of
+    equal opinions: K / E, of sigmoid scores K / 2.
 
     Args:
         dense: of any dtype, which the routed model has too.
@@ -172,6 +172,11 @@ def _off(right: Tensor, found: Tensor) -> Tensor:
     return (found - right).abs().max() / right.abs().max().clamp(min=torch.finfo(right.dtype).tiny)
 
 
+def sum_of_gates(config: UpcycleConfig) -> float:
+    """Of the experts that a token takes, where the router has equal opinions of all."""
+    return config.router.top_k / gate_scale(config.router, config.experts)
+
+
 def numbers_of(layers: Layers, depth: int) -> list[int]:
     """Of layers that are there."""
     numbers = list(range(layers.start, depth, layers.every)) if isinstance(layers, EveryNth) else sorted(set(layers))
@@ -241,7 +246,6 @@ def _experts(dense: FeedForward, config: UpcycleConfig) -> dict[str, Tensor]:
     """The experts' tensors, and the shared one's: expert `c G + g` is slice g of copy c."""
     hidden, columns = dense.down.in_features, dense.up.out_features
     copies, shared = config.experts // config.granularity, config.shared_width
-    gates_sum = 1.0 if config.router.renormalize else config.router.top_k / config.experts  # on average
     up = dense.up.weight.detach().view(columns // hidden, hidden, -1)  # [P / F, F, D]
     down = dense.down.weight.detach().T  # [F, D]
 
@@ -252,7 +256,7 @@ def _experts(dense: FeedForward, config: UpcycleConfig) -> dict[str, Tensor]:
 
     state = {
         "experts.up": torch.cat([sliced(part) for part in up], 1).transpose(1, 2).contiguous(),
-        "experts.down": sliced(down) * (config.granularity / gates_sum),
+        "experts.down": sliced(down) * (config.granularity / sum_of_gates(config)),
     }
     if shared:
         state["shared.up.weight"] = up[:, :shared].flatten(0, 1)
@@ -260,7 +264,7 @@ def _experts(dense: FeedForward, config: UpcycleConfig) -> dict[str, Tensor]:
     if dense.up.bias is not None and dense.down.bias is not None:
         up_bias, down_bias = dense.up.bias.detach().view(-1, hidden), dense.down.bias.detach()
         state["experts.up_bias"] = torch.cat([sliced(part) for part in up_bias], 1)
-        state["experts.down_bias"] = down_bias.expand(config.experts, -1) / gates_sum
+        state["experts.down_bias"] = down_bias.expand(config.experts, -1) / sum_of_gates(config)
         if shared:
             state["shared.up.bias"] = up_bias[:, :shared].flatten()
             state["shared.down.bias"] = torch.zeros_like(down_bias)

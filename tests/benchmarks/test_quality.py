@@ -9,8 +9,17 @@ import torch
 
 from benchmarks import quality
 from benchmarks.finetune import arms_of
-from benchmarks.quality_arm import Arm, CourseConfig, MidUpcycleConfig, RouterRateConfig, steps_spent, train_in_turns
+from benchmarks.quality_arm import (
+    Arm,
+    CourseConfig,
+    MidUpcycleConfig,
+    RouterRateConfig,
+    steps_spent,
+    train_in_turns,
+    upcycled_moment,
+)
 from moe.pretrained import from_pretrained
+from moe.upcycling import UpcycleConfig
 from routing.errors import UserError
 from training.config import load_run_config
 from training.data.prepare import prepare
@@ -60,6 +69,7 @@ def small(text: Path, *more: str) -> list[str]:
     ]
 
 
+LAYER = "encoder.blocks.0.feed_forward."
 UPCYCLED = CourseConfig(upcycle=MidUpcycleConfig(at=0.5, experts=4, layers=(0,)))
 
 
@@ -99,9 +109,32 @@ def test_upcycling_on_the_way_changes_no_output_and_keeps_what_adamw_knows(
     for name, p in dense._parts.engine.module.named_parameters():
         if name in moments:
             assert torch.equal(moments[name]["exp_avg"], kept[p]["exp_avg"])
-    assert sum(not moment for moment in moments.values()) == 3  # two matrices of experts, and the router
+            assert moments[name]["step"] == kept[p]["step"]
+    assert [name for name, moment in moments.items() if not moment] == [f"{LAYER}router.logits.weight"]
+    network = dense._parts.engine.module.encoder.blocks[0].feed_forward
+    up, down = (moments[f"{LAYER}experts.{name}"] for name in ("up", "down"))
+    for expert in range(4):  # a quarter of the tokens each
+        for moment in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(up[moment][expert].T, kept[network.up.weight][moment] / 4)
+            torch.testing.assert_close(down[moment][expert].T, kept[network.down.weight][moment] / 4)
     arm.train(0.6)
     assert arm.balance()[0] is not None
+
+
+def test_moments_of_scaled_matrices_are_those_of_their_gradients(text: Path, tmp_path: Path, ranks: Ranks) -> None:
+    """Two slices a copy, so last matrices are doubled and their gradients halved."""
+    dense = arm_of(tmp_path, ranks, small(text))
+    dense.train(0.1)
+    model, known = dense._parts.engine.module, dense._parts.engine.optimizer.state
+    config = UpcycleConfig(experts=4, granularity=2, shared_width=8, layers=(0,))
+    network, copies = model.encoder.blocks[0].feed_forward, 2
+    for order, moment in ((1, "exp_avg"), (2, "exp_avg_sq")):
+        found = upcycled_moment({n: known[p][moment] for n, p in model.named_parameters()}, order, model, config)
+        down = known[network.down.weight][moment].T
+        torch.testing.assert_close(found[f"{LAYER}shared.down.weight"], down[:8].T)
+        for expert in range(4):
+            units = slice(8 + 12 * (expert % 2), 20 + 12 * (expert % 2))
+            torch.testing.assert_close(found[f"{LAYER}experts.down"][expert], down[units] / copies / 2**order)
 
 
 def test_an_arm_goes_on_with_the_same_text_after_upcycling(text: Path, tmp_path: Path, ranks: Ranks) -> None:

@@ -145,10 +145,13 @@ def test_groups_that_cut_copies_say_so() -> None:
     assert config.why_inexact(dense_config()) == ["groups limit choices to some slices of a copy; leave them out"]
 
 
-def test_gates_that_do_not_sum_to_one_are_made_up_for_on_average() -> None:
-    """With equal opinions every gate is 1 / E: the scaled weights give the dense outputs then."""
+@pytest.mark.parametrize(
+    "router", [{"top_k": 1}, {"top_k": 2}, {"top_k": 1, "score": "sigmoid"}, {"top_k": 2, "score": "sigmoid"}]
+)
+def test_gates_that_do_not_sum_to_one_are_made_up_for_on_average(router: dict[str, Any]) -> None:
+    """With equal opinions every gate is 1 / E, a sigmoid 1 / 2: the scaled weights give the dense outputs then."""
     dense = dense_model()
-    routed = moe.upcycle(dense, UpcycleConfig(experts=4, router={"top_k": 1, "renormalize": False}))
+    routed = moe.upcycle(dense, UpcycleConfig(experts=4, router={**router, "renormalize": False}))
     with torch.no_grad():
         for router in routed.encoder.routers().values():
             router.logits.weight.zero_()
