@@ -21,6 +21,7 @@ from benchmarks.quality_arm import (
 from moe.pretrained import from_pretrained
 from moe.upcycling import UpcycleConfig
 from routing.errors import UserError
+from tests.training.conftest import ROOT
 from training.config import load_run_config
 from training.data.prepare import prepare
 from training.engine import Ranks, start_processes
@@ -205,6 +206,16 @@ def test_every_arm_that_comes_with_it_can_be_planned(name: str, text: Path) -> N
     for arm, plan in plans.items():
         assert (plan.course.upcycle is not None) == ("upcycled" in arm)
         assert (plan.course.routers is not None) == ("routers" in arm)
+
+
+def test_the_recipe_is_what_was_measured_and_the_demo_is_the_recipe(text: Path) -> None:
+    plans = quality.plans_of(quality.HERE / "quality_arms.yaml", None, text, text, 0)
+    measured = plans["mixed attention, 8 x 256 of 2 in the last two layers"].run
+    recipe, demo = (load_run_config(ROOT / "configs" / name, []) for name in ("recipe-cpu.yaml", "demo.yaml"))
+    for part in ("model", "optimizer"):
+        assert getattr(recipe, part) == getattr(measured, part) == getattr(demo, part), part
+    assert recipe.train.step_tokens == measured.train.step_tokens == demo.train.step_tokens
+    assert recipe.data.masking == measured.data.masking == demo.data.masking
 
 
 def test_what_is_not_there_is_told(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
