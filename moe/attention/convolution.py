@@ -171,8 +171,11 @@ class SpanKernel(nn.Module):
 
     def forward(self, x: Tensor, query: Tensor, rows: Rows) -> Tensor:
         """`[T, D]`, `[T, D']` -> `[T, H, K]`."""
-        key = self.pointwise(depthwise(x, self.depthwise.to(x.dtype), rows))
-        logits: Tensor = self.kernel(query * key)
+        return self.from_spans(depthwise(x, self.depthwise.to(x.dtype), rows), query)
+
+    def from_spans(self, spans: Tensor, query: Tensor) -> Tensor:
+        """The same, of tokens that were convolved already: `[T, D]`, `[T, D']` -> `[T, H, K]`."""
+        logits: Tensor = self.kernel(query * self.pointwise(spans))
         return logits.unflatten(1, (self.heads, -1))
 
 

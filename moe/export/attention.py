@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from moe.attention.cores import AlibiCore, PlainCore, RotaryCore, ShawCore, T5Core
 from moe.attention.local import LocalAttention
+from moe.attention.mixed import MixedAttention
 from moe.attention.softmax import SoftmaxAttention
 from moe.batch import PackedBatch
 from moe.positions.relative_bias import alibi_table, t5_buckets
@@ -116,12 +117,34 @@ class GridLocalAttention(nn.Module):
         return own.output(attend(q, k, v, grid_of(batch), seen).flatten(1)), None
 
 
+class GridMixedAttention(nn.Module):
+    """Mixed attention, its convolutions over the columns of the grid; a tap where nothing stands reads zero."""
+
+    def __init__(self, attention: MixedAttention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor, batch: PackedBatch, tokens: Tokens) -> tuple[Tensor, RoutingStats | None]:
+        """`[T, D]` -> `[T, D]`."""
+        own, grid = self.attention, grid_of(batch)
+        *attending, values = (part.unflatten(1, (own.heads, -1)) for part in own.qkv(x).chunk(4, dim=1))
+        q, k, v = attending
+        kernels = own.span.from_spans(_depthwise(x, own.span.depthwise, grid), q.flatten(1))
+        angles = angles_at(batch.positions, q.shape[2], own.positions)
+        if angles is not None:
+            q, k = _turned(q, *angles), _turned(k, *angles)
+        halves = attend(q, k, v, grid), _convolve(kernels.softmax(-1), values, grid)
+        return own.output(torch.cat([half.flatten(1) for half in halves], 1)), None
+
+
 def why_not(attention: nn.Module) -> str | None:
     """Why a layer's attention can't be laid out on a grid; None if it can."""
     if isinstance(attention, SoftmaxAttention):
         return None if isinstance(attention.core, Core) else f"positions {type(attention.core).__name__}"
     if isinstance(attention, LocalAttention):
         return "global tokens with projections of their own" if attention.global_query is not None else None
+    if isinstance(attention, MixedAttention):
+        return None
     return f"attention {type(attention).__name__}"
 
 
@@ -129,8 +152,25 @@ def on_grid(attention: nn.Module) -> nn.Module:
     """The same attention with its kernels replaced; changes the module it is given."""
     if isinstance(attention, LocalAttention):
         return GridLocalAttention(attention)
+    if isinstance(attention, MixedAttention):
+        return GridMixedAttention(attention)
     attention.core = GridCore(attention.core)  # type: ignore[arg-type]
     return attention
+
+
+def _depthwise(x: Tensor, weight: Tensor, grid: Grid) -> Tensor:
+    """`moe.attention.banded.depthwise`: `[T, D]`, `[D, K]` -> `[T, D]`."""
+    channels_first = grid.laid_out(x[:, None])[:, 0].transpose(1, 2)
+    convolved = F.conv1d(channels_first, weight[:, None], padding=weight.shape[1] // 2, groups=weight.shape[0])
+    return grid.packed(convolved.transpose(1, 2)[:, None]).flatten(1)
+
+
+def _convolve(kernels: Tensor, values: Tensor, grid: Grid) -> Tensor:
+    """`moe.attention.banded.convolve`: `[T, H, K]`, `[T, H, C]` -> `[T, H, C]`."""
+    laid, taps = grid.laid_out(kernels), kernels.shape[2]
+    around = F.pad(grid.laid_out(values), (0, 0, taps // 2, taps // 2))
+    columns = grid.shape[1]
+    return grid.packed(sum(laid[..., k : k + 1] * around[:, :, k : k + columns] for k in range(taps)))  # type: ignore[arg-type]
 
 
 def _by_distance(table: Tensor, length: int) -> Tensor:

@@ -142,8 +142,9 @@ def _refuse(model: MaskedLM | TaskModel) -> None:
         )
         if wrong:
             raise UserError(
-                f"layer {layer} can't be in a graph: {wrong}. What can: softmax and local attention, dense and grouped "
-                "feed-forwards, and experts whose router is token_choice (scope token, dropless), threshold or learned"
+                f"layer {layer} can't be in a graph: {wrong}. What can: softmax, local and mixed attention, dense and "
+                "grouped feed-forwards, and experts whose router is token_choice (scope token, dropless), threshold or "
+                "learned"
             )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe.attention.mixed import MixedAttention
 from moe.attention.routed_heads import RoutedHeads
 from moe.attention.softmax import SoftmaxAttention
 from moe.batch import to_device
@@ -135,13 +136,15 @@ def _switches(model: MaskedLM | TaskModel, layer: int) -> Iterator[Switch]:
         # The always-on ones stand first; the router counts from the others.
         weights, shared = attention.output, attention.config.shared
         yield Switch(layer, "heads", True, list(range(attention.config.routed)), lambda head: [weights[shared + head]])
-    elif isinstance(attention, SoftmaxAttention):
-        matrix, channels = attention.output.weight, attention.channels
+    elif isinstance(attention, SoftmaxAttention | MixedAttention):
+        matrix = attention.output.weight
+        heads = 2 * attention.heads if isinstance(attention, MixedAttention) else attention.heads  # the latter convolve
+        channels = matrix.shape[1] // heads
 
         def of_head(head: int) -> list[Tensor]:
             return [matrix[:, head * channels : (head + 1) * channels]]
 
-        yield Switch(layer, "heads", False, list(range(attention.heads)), of_head)
+        yield Switch(layer, "heads", False, list(range(heads)), of_head)
     if isinstance(fed, MoEFeedForward):
         parts = [part for part in (fed.experts.down, fed.experts.down_bias) if part is not None]
         count = len(fed.experts.down)

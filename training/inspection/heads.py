@@ -1,12 +1,14 @@
 """Where attention's heads look: distance and entropy, on a sample. H heads, C channels, S tokens of a sequence."""
 
-from math import log, sqrt
+from math import inf, log, sqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from moe.attention.banded import rows_around
 from moe.attention.cores import AlibiCore, PlainCore, RotaryCore, ShawCore, T5Core
+from moe.attention.mixed import MixedAttention
 from moe.attention.routed_heads import RoutedHeads
 from moe.attention.softmax import SoftmaxAttention
 from moe.batch import PackedBatch
@@ -15,7 +17,7 @@ from moe.positions.rotary import angles_at, turned
 
 
 class Looked(NamedTuple):
-    """Of one layer's heads, all of them computed for all tokens."""
+    """Of one layer's heads, all of them computed for all tokens. Of mixed attention those that convolve come last."""
 
     distance: list[float]  # [H] tokens
     entropy: list[float]  # [H] over its maximum
@@ -25,7 +27,7 @@ class Looked(NamedTuple):
 def looks(attention: nn.Module) -> bool:
     """Whether a mechanism has attention probabilities that can be looked at."""
     cores = (PlainCore, RotaryCore, T5Core, AlibiCore, ShawCore)
-    return isinstance(attention, RoutedHeads) or (
+    return isinstance(attention, RoutedHeads | MixedAttention) or (
         isinstance(attention, SoftmaxAttention) and isinstance(attention.core, cores)
     )
 
@@ -34,7 +36,8 @@ def looks(attention: nn.Module) -> bool:
 def look(attention: nn.Module, x: Tensor, batch: PackedBatch, sample: int) -> Looked:
     """Mean over queries of the distance to what they attend to, and of how widely they do.
 
-    Distance is `sum_j p_ij |i - j|`, entropy `-sum_j p_ij log p_ij / log S` (a sequence of one token has none).
+    Distance is `sum_j p_ij |i - j|`, entropy `-sum_j p_ij log p_ij / log S` (a sequence of one token has none). Of a
+    head that convolves p are the taps of its kernels.
 
     Args:
         attention: one that `looks`.
@@ -60,6 +63,13 @@ def look(attention: nn.Module, x: Tensor, batch: PackedBatch, sample: int) -> Lo
         if length > 1:
             spread += torch.special.entr(p).sum((1, 2)) / log(length)
             several += length
+    if isinstance(attention, MixedAttention):
+        kernels = _kernels(attention, x, batch)  # [T, H, K]
+        reach = (torch.arange(kernels.shape[2], device=x.device) - kernels.shape[2] // 2).abs()
+        distance = torch.cat([distance, (kernels * reach).sum((0, 2))])
+        of_token = torch.special.entr(kernels).sum(2)
+        logs = [log(n) if n > 1 else inf for n in lengths for _ in range(n)]
+        spread = torch.cat([spread, (of_token / of_token.new_tensor(logs)[:, None]).sum(0)])
     return Looked(
         distance=(distance / max(queries, 1)).tolist(),
         entropy=(spread / max(several, 1)).clamp(0, 1).tolist(),
@@ -73,12 +83,22 @@ def projected(attention: nn.Module, x: Tensor, batch: PackedBatch) -> tuple[Tens
         place = angles_at(batch.positions, attention.query.shape[1], attention.config.positions)
         k, v = attention.heads.keys_and_values(x)
         return turned(attention.heads.queries(x), place), turned(k, place), v, attention.output
+    if isinstance(attention, MixedAttention):
+        q, k, v = (part.unflatten(1, (attention.heads, -1)) for part in attention.qkv(x).chunk(4, dim=1)[:3])
+        angles = angles_at(batch.positions, q.shape[2], attention.positions)
+        return turned(q, angles), turned(k, angles), v, None
     assert isinstance(attention, SoftmaxAttention)
     q, k, v = attention.qkv(x).view(len(x), 3, attention.heads, attention.channels).unbind(1)
     if isinstance(attention.core, RotaryCore):
         angles = angles_at(batch.positions, attention.channels, attention.core.config)
         q, k = turned(q, angles), turned(k, angles)
     return q, k, v, None
+
+
+def _kernels(attention: MixedAttention, x: Tensor, batch: PackedBatch) -> Tensor:
+    """Of every token and head that convolves: `[T, H, K]` float64."""
+    query = attention.qkv(x).chunk(4, dim=1)[0]
+    return attention.span(x, query, rows_around(batch, attention.kernel_size)).double().softmax(-1)
 
 
 def probabilities(attention: nn.Module, q: Tensor, k: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ class Agreement(Section):
 
 
 class Heads(Section):
-    """The heads of one layer's softmax attention, on a sample of sequences."""
+    """The heads of one layer's attention, on a sample of sequences; of mixed attention convolving ones come last."""
 
     layer: Count
     router: str | None

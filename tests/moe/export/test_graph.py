@@ -38,6 +38,10 @@ PARTS: dict[str, dict[str, Any]] = {
     "no positions": softmax(None, bias=True, head_width=5),
     "local": {"attention": LOCAL},
     "local, global": {"attention": {**LOCAL, "global_tokens": {"count": 2}, "positions": None}},
+    "mixed": {"attention": {"kind": "mixed", "heads": 4, "kernel_size": 5}},
+    "mixed, wide, biased": {
+        "attention": {"kind": "mixed", "heads": 2, "head_ratio": 1, "kernel_size": 9, "bias": True, "positions": None}
+    },
     "dense": {"feed_forward": {"kind": "dense", "width": 8, "activation": "swiglu", "bias": True}},
     "grouped": {"feed_forward": {"kind": "grouped", "width": 8}},
     "experts": experts(),

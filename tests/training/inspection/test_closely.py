@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from moe.attention.linear import LinearAttention, LinearAttentionConfig
+from moe.attention.mixed import MixedAttention, MixedAttentionConfig
 from moe.attention.routed_heads import RoutedHeads, RoutedHeadsConfig
 from moe.attention.softmax import SoftmaxAttention, SoftmaxAttentionConfig
 from moe.batch import pack_lengths
@@ -21,7 +22,7 @@ from training.data.masking import MaskingConfig
 from training.data.packing import masked_batch
 from training.inspection.ablation import ablate
 from training.inspection.collect import collect
-from training.inspection.heads import look, looks, probabilities, projected
+from training.inspection.heads import _kernels, look, looks, probabilities, projected
 from training.inspection.sampled import look_closely
 from training.inspection.similarity import cosines, output_cosines
 from training.inspection.text import TextBatch
@@ -78,6 +79,35 @@ def test_distance_and_entropy_are_means_over_queries() -> None:
     assert found.outputs is None
 
 
+@torch.no_grad()
+def test_heads_that_convolve_look_through_their_kernels() -> None:
+    attention = MixedAttention(MixedAttentionConfig(heads=4, kernel_size=5), WIDTH).eval()
+    lengths = [6, 1]
+    batch, x = pack_lengths(lengths), 3 * torch.randn(7, WIDTH)
+    q, k, v, _ = projected(attention, x, batch)
+    kernels, values = _kernels(attention, x, batch), attention.qkv(x).chunk(4, 1)[3].unflatten(1, (2, -1)).double()
+    mixed, distance, entropy = torch.zeros(7, 4, 4, dtype=torch.float64), np.zeros(4), np.zeros(4)
+    for start, length in ((0, 6), (6, 1)):
+        own = slice(start, start + length)
+        p = probabilities(attention, q[own].transpose(0, 1), k[own].transpose(0, 1)).double()
+        mixed[own, :2] = (p @ v[own].transpose(0, 1).double()).transpose(0, 1)
+        for i in range(length):
+            for h in range(2):
+                taps = [(i + tap - 2, float(kernels[start + i, h, tap])) for tap in range(5)]
+                for j, weight in taps:
+                    if 0 <= j < length:
+                        mixed[start + i, 2 + h] += weight * values[start + j, h]
+                for head, seen in ((h, [(j, float(p[h, i, j])) for j in range(length)]), (2 + h, taps)):
+                    distance[head] += sum(weight * abs(i - j) for j, weight in seen) / 7
+                    if length > 1:
+                        entropy[head] -= sum(w * np.log(w) for _, w in seen) / np.log(length) / 6
+    assert_close(attention.output(mixed.flatten(1).float()), attention(x, batch, None)[0], rtol=1e-4, atol=1e-5)
+    found = look(attention, x, batch, 256)
+    assert found.distance == pytest.approx(distance, rel=1e-4)
+    assert found.entropy == pytest.approx(entropy, rel=1e-4)
+    assert found.distance[2] != pytest.approx(found.distance[3], rel=1e-3)
+
+
 def test_what_routed_heads_add_is_what_the_layer_gives() -> None:
     """With all heads chosen and gates of one, the layer's output is the sum of what its heads add."""
     config = RoutedHeadsConfig(heads=4, shared=1, router=TokenChoiceConfig(top_k=3))
@@ -110,10 +140,16 @@ def test_pairs_make_groups() -> None:
     assert groups_of([]) == []
 
 
-def model_of(heads: bool = True, bias: bool = False) -> MaskedLM:
-    attention = RoutedHeadsConfig(heads=4, shared=1, router=TokenChoiceConfig(top_k=2))
+ATTENTION = {
+    "routed": RoutedHeadsConfig(heads=4, shared=1, router=TokenChoiceConfig(top_k=2)),
+    "softmax": SoftmaxAttentionConfig(heads=2),
+    "mixed": MixedAttentionConfig(heads=4),  # two attend, two convolve
+}
+
+
+def model_of(attention: str = "routed", bias: bool = False) -> MaskedLM:
     block = BlockConfig(
-        attention=attention if heads else SoftmaxAttentionConfig(heads=2),
+        attention=ATTENTION[attention],
         feed_forward=ExpertsConfig(count=3, width=16, bias=bias, router=TokenChoiceConfig(top_k=1, renormalize=False)),
     )
     model = MaskedLM(EncoderConfig(vocab_size=WORDS, width=WIDTH, depth=2, block=block, dropout=0.0))
@@ -128,21 +164,21 @@ def sequences_of(count: int = 20) -> list[tuple[int, np.ndarray]]:
     return [(n, np.array([2, *generator.integers(5, WORDS, 4 + n % 5), 3])) for n in range(count)]
 
 
-@pytest.mark.parametrize(("heads", "bias"), [(True, False), (False, True)])
-def test_ablation_is_the_loss_of_the_model_without_the_choice(heads: bool, bias: bool) -> None:
-    model, sequences, masking = model_of(heads, bias), sequences_of(), MaskingConfig(rate=0.3)
+@pytest.mark.parametrize(("kind", "bias"), [("routed", False), ("softmax", True), ("mixed", False)])
+def test_ablation_is_the_loss_of_the_model_without_the_choice(kind: str, bias: bool) -> None:
+    model, sequences, masking = model_of(kind, bias), sequences_of(), MaskingConfig(rate=0.3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     told: list[tuple[int, int]] = []
     found = ablate(model, sequences, masking, VOCABULARY, 100, lambda *done: told.append(done))
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name  # everything is on again
     routes = [(one.layer, one.routes, one.router, [c.choice for c in one.choices]) for one in found.switched]
-    heads_of = [0, 1, 2] if heads else [0, 1]
+    heads_of = {"routed": [0, 1, 2], "softmax": [0, 1], "mixed": [0, 1, 2, 3]}[kind]
     assert routes == [
         item
         for layer in (0, 1)
         for item in (
-            (layer, "heads", f"{layer}.heads" if heads else None, heads_of),
+            (layer, "heads", f"{layer}.heads" if kind == "routed" else None, heads_of),
             (layer, "experts", f"{layer}.experts", [0, 1, 2]),
         )
     ]
@@ -171,10 +207,10 @@ def test_ablation_is_the_loss_of_the_model_without_the_choice(heads: bool, bias:
                         for part in (experts.experts.down, experts.experts.down_bias)
                         if part is not None
                     ]
-                elif heads:
+                elif kind == "routed":
                     parts = [attention.output[1 + earned.choice]]
                 else:
-                    parts = [attention.output.weight[:, earned.choice * 8 : (earned.choice + 1) * 8]]
+                    parts = [attention.output.weight.chunk(len(heads_of), dim=1)[earned.choice]]
                 saved = [part.clone() for part in parts]
                 for part in parts:
                     part.zero_()
