@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moe.attention.mixed import MixedAttention
 from moe.attention.routed_heads import RoutedHeads
 from moe.batch import PackedBatch, pack_lengths, to_device
 from moe.block import EncoderBlock
@@ -113,6 +114,7 @@ def _heads(layer: int, attention: nn.Module, looked: Looked, counts: dict[str, R
         router=router,
         heads=heads,
         shared=shared,
+        convolving=attention.heads if isinstance(attention, MixedAttention) else 0,
         chosen=vector(np.minimum(chosen, 1)),
         distance=[rounded(value) for value in looked.distance],
         entropy=[rounded(value) for value in looked.entropy],

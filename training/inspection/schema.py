@@ -198,12 +198,13 @@ class Agreement(Section):
 
 
 class Heads(Section):
-    """The heads of one layer's attention, on a sample of sequences; of mixed attention convolving ones come last."""
+    """The heads of one layer's attention, on a sample of sequences."""
 
     layer: Count
     router: str | None
     heads: Count
     shared: Count  # the first so many are always on; without a router all
+    convolving: Count = 0  # the last so many have kernels' taps for probabilities (mixed attention)
     chosen: list[Share]  # [H] of tokens
     distance: list[float]  # [H] tokens between query and key, mean under the attention probabilities
     entropy: list[Share]  # [H] of the probabilities over its maximum, log of the sequence's length, mean

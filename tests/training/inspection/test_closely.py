@@ -266,3 +266,13 @@ def test_looking_closely_tells_examples_and_finds_equal_experts() -> None:
             arrays = recorder.arrays("1.heads")
             assert one.routing["1.heads"].choices == arrays.choices.tolist()
             np.testing.assert_allclose(one.routing["1.heads"].gates, arrays.weights, rtol=5e-3)
+
+
+def test_of_mixed_attention_it_is_told_which_heads_convolve() -> None:
+    model, sequences = model_of("mixed"), sequences_of()
+    batch = pack_lengths([len(ids) for _, ids in sequences])
+    text = TextBatch(torch.from_numpy(np.concatenate([ids for _, ids in sequences])), batch, np.arange(20), 20, 100)
+    collected = collect(model, [text], words_of(), 10)
+    found = look_closely(model.encoder, collected.sequences.sequences(), collected.counts, words_of())
+    assert [(one.router, one.heads, one.shared, one.convolving) for one in found.heads] == [(None, 4, 4, 2)] * 2
+    assert all(one.chosen == [1] * 4 and max(one.distance[2:]) < 4 for one in found.heads)  # within 9 taps

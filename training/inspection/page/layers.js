@@ -105,10 +105,12 @@ function heads() {
   };
   const routed = stats.heads.some(({ router }) => router !== null);
   const which = routed ? "Heads that are always on stand first." : "No router chooses among them: all are always on.";
+  const convolving = Math.max(...stats.heads.map((layer) => layer.convolving ?? 0));
+  const last = convolving ? ` Of layers with mixed attention the last ${convolving} convolve: they look through kernels.` : "";
   section(
     "heads",
     "Heads",
-    element("p", { class: "quiet" }, `On a sample of ${stats.heads[0].sequences} sequences. ${which}`),
+    element("p", { class: "quiet" }, `On a sample of ${stats.heads[0].sequences} sequences. ${which}${last}`),
     element(
       "div",
       { class: "grid" },
