@@ -230,6 +230,8 @@ def train_seeds(options: Namespace) -> list[Row]:
             plans_of(options.arms, options.only, options.data, options.valid, seed, options.override)
             for seed in range(options.first_seed, options.first_seed + options.seeds)
         ]
+        if options.keep and (apart := [name for name, plan in seeds[0].items() if plan.course.masked == "apart"]):
+            raise UserError(f"{apart[0]!r} can't be kept: no model folder knows two matrices of a router")
         ranks = start_processes()
         for plans in seeds:
             rows += train_together(plans, ranks, 60 * options.minutes, options.steps, options.keep)

@@ -3,7 +3,9 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import Field
 
+from benchmarks.quality_masked import Masked, route_apart, uncounted
 from moe.heads import MaskedLM
 from moe.pretrained import save_pretrained
 from moe.upcycling import UpcycleConfig, sum_of_gates, upcycle
@@ -55,6 +58,7 @@ class CourseConfig(Config):
 
     upcycle: MidUpcycleConfig | None = None
     routers: RouterRateConfig | None = None
+    masked: Masked | None = None  # masked tokens: routed apart, or not counted in balance
 
 
 class Snapshot(NamedTuple):
@@ -86,9 +90,15 @@ class Arm:
     ) -> None:
         self.name = name
         self._run, self._data, self._ranks = run, data, ranks
-        self._upcycling, self._routers = (course.upcycle, course.routers) if course else (None, None)
+        course = course or CourseConfig()
+        self._upcycling, self._routers = course.upcycle, course.routers
         self._parts = assemble(run, data, ranks)
         self._set_routers_apart()
+        mask_id = data.tokenizer.token_to_id("[MASK]")
+        if course.masked == "apart":
+            engine = self._parts.engine
+            engine.optimizer.param_groups[0]["params"] += route_apart(engine.module, mask_id)
+        self._counting = partial(uncounted, mask_id) if course.masked == "uncounted" else nullcontext
         self._lr = run.optimizer.lr
         self._objective = MaskedLMObjective(run.model.depth, run.objective)
         with torch.no_grad():
@@ -117,7 +127,9 @@ class Arm:
                 group["lr_factor"] = self._routers.factor if share >= self._routers.after else 0.0
         warm = min(1.0, (self.step + 1) / WARMUP)
         set_learning_rate(self._parts.engine, self._lr * warm * max(0.0, min(1.0, (1 - share) / DECAY)))
-        result = train_step(self._parts.engine, self._parts.stream.next_step(), self._objective, self._ranks, self.step)
+        batches = self._parts.stream.next_step()
+        with self._counting():
+            result = train_step(self._parts.engine, batches, self._objective, self._ranks, self.step)
         took = time.perf_counter() - begin
         self.step += 1
         self.tokens += result.tokens

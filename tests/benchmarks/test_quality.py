@@ -20,6 +20,7 @@ from benchmarks.quality_arm import (
 )
 from moe.pretrained import from_pretrained
 from moe.upcycling import UpcycleConfig
+from routing import Tokens
 from routing.errors import UserError
 from tests.training.conftest import ROOT
 from training.config import load_run_config
@@ -171,6 +172,34 @@ def test_routers_may_stay_as_they_are_and_learn_at_a_rate_of_their_own(
     assert (late.weights()[name] != before[name]).any()
 
 
+def test_masked_tokens_may_be_routed_apart(text: Path, tmp_path: Path, ranks: Ranks) -> None:
+    routed = small(text, f"model.block.feed_forward={json.dumps(EXPERTS)}")
+    arm = arm_of(tmp_path, ranks, routed, CourseConfig(masked="apart"))
+    own = arm.weights()["encoder.blocks.0.feed_forward.router.logits.masked"]
+    arm.train(0.0)
+    weights = arm.weights()
+    assert not torch.equal(weights["encoder.blocks.0.feed_forward.router.logits.masked"], own)
+    router = arm._parts.engine.module.encoder.blocks[0].feed_forward.router.logits
+    x, tokens = torch.randn(3, 16), Tokens(torch.tensor([5, router.mask_id, 6]), torch.tensor([0, 3]))
+    found = router(x, tokens)
+    torch.testing.assert_close(found[[0, 2]], x[[0, 2]] @ router.weight.T)
+    torch.testing.assert_close(found[1], router.masked @ x[1])
+
+
+def test_masked_tokens_may_be_left_out_of_the_balance(text: Path, tmp_path: Path, ranks: Ranks) -> None:
+    routed = small(text, f"model.block.feed_forward={json.dumps(EXPERTS)}")
+    arm, every = (arm_of(tmp_path, ranks, routed, CourseConfig(masked=masked)) for masked in ("uncounted", None))
+    batches = arm._parts.stream.next_step()
+    mask_id = arm._data.tokenizer.token_to_id("[MASK]")
+    words = sum(int((batch.input_ids != mask_id).sum()) for batch in batches)
+    arm._parts.stream.position = every._parts.stream.position
+    for each in (arm, every):
+        each.train(0.0)
+    assert int(arm._recent[0]["0.experts"].tokens) == words
+    assert int(every._recent[0]["0.experts"].tokens) == sum(len(batch.input_ids) for batch in batches) > words
+    assert int(arm._recent[0]["0.experts"].assigned.sum()) == 2 * words
+
+
 def test_a_whole_small_comparison(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +235,7 @@ def test_every_arm_that_comes_with_it_can_be_planned(name: str, text: Path) -> N
     for arm, plan in plans.items():
         assert (plan.course.upcycle is not None) == ("upcycled" in arm)
         assert (plan.course.routers is not None) == ("routers" in arm)
+        assert (plan.course.masked is not None) == ("masked" in arm)
 
 
 def test_the_recipe_is_what_was_measured_and_the_demo_is_the_recipe(text: Path) -> None:
@@ -224,6 +254,10 @@ def test_what_is_not_there_is_told(text: Path, tmp_path: Path, capsys: pytest.Ca
         quality.plans_of(tmp_path / "arms.yaml", ["sparse"], text, text, 0)
     with pytest.raises(UserError, match=r"can't be held against 'upcycled', which is upcycled on its way"):
         quality.plans_of(tmp_path / "arms.yaml", ["upcycled", "dense"], text, text, 0)
+    (tmp_path / "apart.yaml").write_text(json.dumps({"dense": {}, "other": {"masked": "apart"}}))
+    words = ["--data", str(text), "--valid", str(text), "--arms", str(tmp_path / "apart.yaml"), "--keep", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"'other' can't be kept: no model folder knows two matrices of a router"):
+        quality.main(words)
     (tmp_path / "bad.yaml").write_text(json.dumps({"dense": {}, "late": {"upcycle": {"at": 2, "experts": 4}}}))
     with pytest.raises(UserError, match=r"'late', is not a valid run:\n  upcycle\.at: .*less than 1 \(given: 2\)"):
         quality.plans_of(tmp_path / "bad.yaml", None, text, text, 0)
