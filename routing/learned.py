@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from routing.config import LearnedConfig, MeasuredConfig
-from routing.logits import INIT_SCALE
+from routing.logits import INIT_SCALE, probabilities
 from routing.selection import top_k
 from routing.sequences import for_tokens, sequence_means, sequence_of_token
 from routing.types import Routing, Tokens
@@ -76,7 +76,7 @@ def straight_through(routing: Routing) -> Tensor:
 
 def _chosen(logits: Tensor, config: LearnedConfig | MeasuredConfig) -> Routing:
     """The best `top_k` of each row of logits."""
-    probs = logits.softmax(-1)
+    probs = probabilities(logits)
     choices = top_k(probs.detach(), config.top_k)
     weights = probs.gather(1, choices)
     if config.gates == "straight_through":

@@ -20,7 +20,7 @@ from routing.config import (
     TokenChoiceConfig,
 )
 from routing.learned import Learned, Measured
-from routing.logits import RouterLogits
+from routing.logits import RouterLogits, probabilities
 from routing.selection import best_within_sequences, limit_to_groups, top_k
 from routing.sequences import for_tokens, sequence_means, sequence_of_token
 from routing.stats import summarize
@@ -64,11 +64,11 @@ class TokenChoice(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             if config.score == "sigmoid":
                 logits = nn.functional.logsigmoid(logits)
-            probs = logits.softmax(-1)
+            probs = probabilities(logits)
             scores = probs if config.score == "softmax" else logits.exp()
             choices = self._select(scores.detach())
             if config.renormalize:
-                weights = logits.gather(1, choices).softmax(-1)  # scores over their sum, which could underflow
+                weights = probabilities(logits.gather(1, choices))  # scores over their sum, which could underflow
             else:
                 weights = scores.gather(1, choices)
             kept, most_kept = self._keep(choices, probs)
@@ -110,7 +110,7 @@ class ExpertChoice(nn.Module):
         logits = self.logits(x, tokens)
         count, num_choices = logits.shape
         with torch.autocast(x.device.type, enabled=False):
-            probs = logits.softmax(-1)
+            probs = probabilities(logits)
             bounds = tokens.cu_seqlens
             if self.config.scope == "batch":  # as if it were one sequence
                 bounds = torch.arange(2, dtype=torch.int32, device=x.device) * count
@@ -144,7 +144,7 @@ class TakeBest(nn.Module):
         """`[T, D]` of any floating dtype -> Routing with K = 1."""
         logits = self.logits(x, tokens)
         with torch.autocast(x.device.type, enabled=False):
-            probs = logits.softmax(-1)
+            probs = probabilities(logits)
             taken = best_within_sequences(probs[:, :1].detach(), tokens.cu_seqlens, self.share)
             choices = 1 - taken.long()
             kept = torch.ones_like(taken)
@@ -166,7 +166,7 @@ class Threshold(nn.Module):
         """`[T, D]` of any floating dtype -> Routing with K = `max_choices`."""
         logits = self.logits(x, tokens)
         with torch.autocast(x.device.type, enabled=False):
-            probs = logits.softmax(-1)
+            probs = probabilities(logits)
             ranked = top_k(probs.detach(), self.config.max_choices)
             chosen = probs.gather(1, ranked)
             before = nn.functional.pad(chosen.detach().cumsum(-1)[:, :-1], (1, 0))  # of the better ones

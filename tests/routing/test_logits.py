@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from routing import CentringConfig, GaussianNoiseConfig, JitterConfig
-from routing.logits import RouterLogits
+from routing.logits import RouterLogits, probabilities
 from routing.noise import normal, sequence_keys, token_keys, uniform
 from tests.oracles import gradients, random_like, raw_logits
 from tests.routing.routers import tokens_of
@@ -113,3 +113,20 @@ def test_initialisation_is_truncated_normal_of_scale_a_tenth() -> None:
     # Truncation at two deviations leaves 0.8796 of the deviation.
     assert_close(weight.std(), torch.tensor(0.8796 * std), rtol=0.02, atol=0)
     assert abs(weight.mean()) < 1e-4
+
+
+@pytest.mark.parametrize("num_choices", [1, 2, 8, 15, 16, 40])
+def test_probabilities_are_the_softmax_and_no_row_depends_on_others(num_choices: int) -> None:
+    logits = (torch.randn(37, num_choices) * 10).requires_grad_()
+    fast, slow = probabilities(logits), logits.softmax(-1)
+    upstream = random_like(fast)
+    assert_close(fast, slow)
+    assert_close(gradients(fast, {"logits": logits}, upstream), gradients(slow, {"logits": logits}, upstream))
+    for part in (slice(0, 1), slice(5, 22), slice(36, 37)):
+        assert torch.equal(probabilities(logits[part]), fast[part])
+
+
+def test_probabilities_of_extreme_logits() -> None:
+    logits = torch.tensor([[1e4, -1e4, 1e4], [-torch.inf, 0.0, -1e30], [-1e30, -1e30, -1e30]])
+    assert_close(probabilities(logits), torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0], [1 / 3, 1 / 3, 1 / 3]]))
+    assert probabilities(torch.zeros(0, 3)).shape == (0, 3)
