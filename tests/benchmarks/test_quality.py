@@ -231,7 +231,7 @@ def test_a_whole_small_comparison(
 @pytest.mark.parametrize("name", ["quality_arms.yaml", "quality_trials.yaml"])
 def test_every_arm_that_comes_with_it_can_be_planned(name: str, text: Path) -> None:
     plans = quality.plans_of(quality.HERE / name, None, text, text, 0)
-    assert len(plans) > 5
+    assert len(plans) >= 5
     for arm, plan in plans.items():
         assert (plan.course.upcycle is not None) == ("upcycled" in arm)
         assert (plan.course.routers is not None) == ("routers" in arm)
@@ -240,7 +240,7 @@ def test_every_arm_that_comes_with_it_can_be_planned(name: str, text: Path) -> N
 
 def test_the_recipe_is_what_was_measured_and_the_demo_is_the_recipe(text: Path) -> None:
     plans = quality.plans_of(quality.HERE / "quality_arms.yaml", None, text, text, 0)
-    measured = plans["mixed attention, 8 x 256 of 2 in the last two layers"].run
+    measured = plans["mixed attention, 8 x 128 of 2 in the last two layers"].run
     recipe, demo = (load_run_config(ROOT / "configs" / name, []) for name in ("recipe-cpu.yaml", "demo.yaml"))
     for part in ("model", "optimizer"):
         assert getattr(recipe, part) == getattr(measured, part) == getattr(demo, part), part
