@@ -32,6 +32,7 @@ from routing import (
     build_router,
     route,
 )
+from routing.logits import probabilities
 from routing.noise import new_state, normal, token_keys, uniform
 from routing.selection import _ordered_keys, top_k
 
@@ -111,6 +112,7 @@ def main() -> None:
             )
     show(f"Routers with their statistics, {device}, {options.threads} thread(s)", rows, options.json)
     show("Top-k with ties broken by index, against torch.topk", selection_rows(device), None)
+    show("Softmax of short rows, forward and backward, against torch's", softmax_rows(device), None)
     show("Noise that is a hash, against torch's generator", noise_rows(tokens), None)
 
 
@@ -128,6 +130,23 @@ def selection_rows(device: str) -> list[Row]:
             rounds=15,
         )
         rows.append({"E": experts, "K": k, **{f"{name} ms": value * 1e3 for name, value in seconds.items()}})
+    return rows
+
+
+def softmax_rows(device: str) -> list[Row]:
+    """`routing.logits.probabilities`; from 16 choices on it is torch's softmax."""
+    rows: list[Row] = []
+    for choices in (2, 4, 8, 15, 16):
+        logits = torch.randn(TOKENS, choices, device=device, requires_grad=True)
+        upstream = torch.randn_like(logits)
+        seconds = interleaved_seconds(
+            {
+                "torch": lambda logits=logits, upstream=upstream: logits.softmax(-1).backward(upstream),
+                "ours": lambda logits=logits, upstream=upstream: probabilities(logits).backward(upstream),
+            },
+            rounds=15,
+        )
+        rows.append({"E": choices, "ours over torch's time": seconds["ours"] / seconds["torch"]})
     return rows
 
 
