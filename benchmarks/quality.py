@@ -47,6 +47,7 @@ COLUMNS = (
     "equal steps",
     "per step",
     "window",
+    "loads",
     "curve",
 )
 
@@ -125,33 +126,33 @@ def train_together(
     if keep:
         for arm in arms:  # before the first one branches
             arm.save(keep / f"{arm.name} {plans[arm.name].run.seed}")
-    speed = first.tokens / first.seconds
-    ended = {arm.name: arm.curve[-1] for arm in arms}
-    rows = []
-    for arm in arms:
-        point = ended[arm.name]
-        per_step, window = arm.balance()
+    rows = [row_of(arm, plans[arm.name].run.seed) for arm in arms]
+    for arm, row in zip(arms, rows, strict=True):
         branched = steps is None and arm is not first
-        same_steps = first.loss_after(point.step) if branched else ended[first.name].loss
-        rows.append(
-            {
-                "contender": arm.name,
-                "seed": plans[arm.name].run.seed,
-                "parameters": arm.parameters,
-                "active": arm.active,
-                "steps": point.step,
-                "tokens per second": arm.tokens / arm.seconds,
-                "speed": arm.tokens / arm.seconds / speed,
-                "loss": point.loss,
-                "equal time": point.loss - ended[first.name].loss if steps is None else None,
-                "equal steps": point.loss - same_steps,
-                "per step": per_step,
-                "window": window,
-                "curve": [tuple(p) for p in arm.curve],
-            }
-        )
-        print({key: value for key, value in rows[-1].items() if key != "curve"}, flush=True)
+        same_steps = first.loss_after(row["steps"]) if branched else rows[0]["loss"]
+        row["speed"] = row["tokens per second"] / rows[0]["tokens per second"]
+        row["equal time"] = row["loss"] - rows[0]["loss"] if steps is None else None
+        row["equal steps"] = row["loss"] - same_steps
+        print({key: value for key, value in row.items() if key not in ("loads", "curve")}, flush=True)
     return rows
+
+
+def row_of(arm: Arm, seed: int) -> Row:
+    """What an arm came to, but for what it is held against."""
+    per_step, window = arm.balance()
+    return {
+        "contender": arm.name,
+        "seed": seed,
+        "parameters": arm.parameters,
+        "active": arm.active,
+        "steps": arm.step,
+        "tokens per second": arm.tokens / arm.seconds,
+        "loss": arm.curve[-1].loss,
+        "per step": per_step,
+        "window": window,
+        "loads": arm.loads_on_the_way(),
+        "curve": [tuple(point) for point in arm.curve],
+    }
 
 
 def summed_up(rows: list[Row]) -> list[Row]:

@@ -19,7 +19,8 @@ from moe.pretrained import save_pretrained
 from moe.upcycling import UpcycleConfig, sum_of_gates, upcycle
 from routing import RoutingStats, add_stats, max_over_mean
 from routing.base_config import Config
-from training.config import RunConfig
+from routing.errors import UserError
+from training.config import RunConfig, StableSchedule
 from training.data.position import Position
 from training.data.prepare import PreparedData
 from training.engine import Ranks, set_learning_rate
@@ -27,11 +28,10 @@ from training.objective import MaskedLMObjective
 from training.pretrain import assemble
 from training.step import train_step
 
-WARMUP = 100  # steps
 TURN = 5.0  # seconds that an arm trains before it is another's turn
 EVALUATIONS = 15  # of each arm
-SNAPSHOTS = 20  # of an arm that may branch
-DECAY = 0.25  # share of the budget over which the learning rate falls to 0
+SNAPSHOTS = 20  # of an arm that may branch, were its rate never to fall
+WINDOW = 100  # steps over which loads are summed up
 
 
 class Point(NamedTuple):
@@ -65,7 +65,6 @@ class Snapshot(NamedTuple):
     """All that a branch needs, in memory."""
 
     step: int
-    seconds: float
     model: dict[str, Any]
     optimizer: dict[str, Any]
     position: Position
@@ -99,7 +98,12 @@ class Arm:
             engine = self._parts.engine
             engine.optimizer.param_groups[0]["params"] += route_apart(engine.module, mask_id)
         self._counting = partial(uncounted, mask_id) if course.masked == "uncounted" else nullcontext
-        self._lr = run.optimizer.lr
+        if not isinstance(run.optimizer.schedule, StableSchedule):
+            raise UserError(
+                f"{name!r} has a {run.optimizer.schedule.kind} schedule; arms need a stable one, whose rate stays until "
+                "it falls, so that one run can branch into shorter ones"
+            )
+        self._lr, self._schedule = run.optimizer.lr, run.optimizer.schedule
         self._objective = MaskedLMObjective(run.model.depth, run.objective)
         with torch.no_grad():
             for key, tensor in self._parts.engine.module.state_dict().items():
@@ -125,8 +129,7 @@ class Arm:
         for group in self._parts.engine.optimizer.param_groups:
             if self._routers and group.get("routers"):
                 group["lr_factor"] = self._routers.factor if share >= self._routers.after else 0.0
-        warm = min(1.0, (self.step + 1) / WARMUP)
-        set_learning_rate(self._parts.engine, self._lr * warm * max(0.0, min(1.0, (1 - share) / DECAY)))
+        set_learning_rate(self._parts.engine, self._lr * self._factor(share))
         batches = self._parts.stream.next_step()
         with self._counting():
             result = train_step(self._parts.engine, batches, self._objective, self._ranks, self.step)
@@ -136,8 +139,14 @@ class Arm:
         self.seconds += took
         if result.routing:
             self.loads.append(_worst(result.routing))
-            self._recent = [*self._recent[-99:], result.routing]
+            self._recent = [*self._recent[1 - WINDOW :], result.routing]
         return took
+
+    def _factor(self, share: float) -> float:
+        """Of the rate: its schedule, but for the warmup in shares of the budget instead of steps."""
+        warm = min(1.0, (self.step + 1) / max(1, self._schedule.warmup))
+        fall = max(0.0, min(1.0, (1 - share) / self._schedule.decay)) if self._schedule.decay else 1.0
+        return warm * (self._schedule.final + (1 - self._schedule.final) * fall)
 
     def _upcycle(self, config: UpcycleConfig) -> None:
         """Go on routed; AdamW goes on with what it knows."""
@@ -184,19 +193,24 @@ class Arm:
         return point
 
     def balance(self) -> tuple[float, float] | tuple[None, None]:
-        """Max/mean of the worst layer over the last steps, at most 100: median per step, and of their sum."""
+        """Max/mean of the worst layer over the last steps, at most WINDOW: median per step, and of their sum."""
         if not self._recent:
             return None, None
         window = {name: add_stats([routing[name] for routing in self._recent]) for name in self._recent[0]}
         return median(self.loads[-len(self._recent) :]), _worst(window)
 
-    def keep(self) -> None:
-        """Take a snapshot, so that a branch may start here."""
+    def loads_on_the_way(self) -> list[float]:
+        """Max/mean of the worst layer: the median of each WINDOW steps."""
+        return [median(self.loads[begin : begin + WINDOW]) for begin in range(0, len(self.loads), WINDOW)]
+
+    def keep(self, share: float) -> None:
+        """Take a snapshot, so that a branch may start here; but not where the rate falls, at that share of the budget."""
+        if share > 1 - self._schedule.decay:
+            return
         engine = self._parts.engine
         self._snapshots.append(
             Snapshot(
                 self.step,
-                self.seconds,
                 self.weights(),
                 deepcopy(engine.optimizer.state_dict()),
                 self._parts.stream.position,
@@ -204,8 +218,11 @@ class Arm:
         )
 
     def loss_after(self, steps: int) -> float:
-        """Held-out loss of this arm, had its budget been so many steps; trains from the last snapshot that serves."""
-        wanted = round(steps * (1 - DECAY))
+        """Held-out loss of this arm, had its budget been so many steps; trains from the last snapshot that serves.
+
+        The arm isn't what it was then: ask it first for all else.
+        """
+        wanted = round(steps * (1 - self._schedule.decay))
         snapshot = max((s for s in self._snapshots if s.step <= wanted), key=lambda s: s.step)
         engine = self._parts.engine
         engine.module.load_state_dict(snapshot.model)
@@ -267,7 +284,7 @@ def train_in_turns(
             turn = 0.0
             while turn < TURN and spent(arm) < budget:
                 if arm is branching and spent(arm) >= kept * budget / SNAPSHOTS:
-                    arm.keep()
+                    arm.keep(spent(arm) / budget)
                     kept += 1
                 turn += arm.train(spent(arm) / budget)
             done = spent(arm) >= budget

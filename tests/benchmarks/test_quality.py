@@ -81,13 +81,15 @@ def arm_of(folder: Path, ranks: Ranks, overrides: list[str], course: CourseConfi
 
 
 def test_a_branch_is_the_run_that_had_that_budget(text: Path, tmp_path: Path, ranks: Ranks) -> None:
-    short, long = (arm_of(tmp_path, ranks, small(text)) for _ in range(2))
+    short, long, longer = (arm_of(tmp_path, ranks, small(text)) for _ in range(3))
     train_in_turns([short], 8, steps_spent)
+    train_in_turns([longer], 30, steps_spent)
     train_in_turns([long], 24, steps_spent, branching=long)
     assert long.step == 24
     assert long.curve[-1].loss != short.curve[-1].loss
     assert long.loss_after(8) == short.curve[-1].loss
     assert long.loss_after(24) == long.curve[-1].loss  # another one, from where it should start
+    assert long.loss_after(30) == longer.curve[-1].loss  # of more steps than its own, from before its rate fell
 
 
 def test_upcycling_on_the_way_changes_no_output_and_keeps_what_adamw_knows(
