@@ -100,8 +100,8 @@ class Arm:
         self._counting = partial(uncounted, mask_id) if course.masked == "uncounted" else nullcontext
         if not isinstance(run.optimizer.schedule, StableSchedule):
             raise UserError(
-                f"{name!r} has a {run.optimizer.schedule.kind} schedule; arms need a stable one, whose rate stays until "
-                "it falls, so that one run can branch into shorter ones"
+                f"{name!r} has a {run.optimizer.schedule.kind} schedule; name a stable one, whose rate stays as it is "
+                "until it falls, so that a run can branch into shorter ones"
             )
         self._lr, self._schedule = run.optimizer.lr, run.optimizer.schedule
         self._objective = MaskedLMObjective(run.model.depth, run.objective)
@@ -204,7 +204,7 @@ class Arm:
         return [median(self.loads[begin : begin + WINDOW]) for begin in range(0, len(self.loads), WINDOW)]
 
     def keep(self, share: float) -> None:
-        """Take a snapshot, so that a branch may start here; but not where the rate falls, at that share of the budget."""
+        """Take a snapshot, at that share of the budget, so that a branch may start here; not where the rate falls."""
         if share > 1 - self._schedule.decay:
             return
         engine = self._parts.engine
