@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.common import Row, arguments, show
+from benchmarks.common import Row, arguments, show, writable_picture
 from routing import RoutingStats, Tokens, add_stats, max_over_mean
 from routing.logits import RouterLogits
 from training.config import RunConfig
@@ -126,7 +126,7 @@ def plot(loads: dict[str, list[float]], path: Path) -> None:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--plot", type=writable_picture)
     parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
     options = parser.parse_args()
     if options.steps < 20:

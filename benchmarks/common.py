@@ -6,6 +6,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from math import inf, nan
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,12 +18,14 @@ from torch import Tensor
 
 Row = dict[str, Any]
 
+PICTURES = (".png", ".pdf", ".svg")
 
-def arguments(description: str | None, rounds: int | None = None) -> argparse.ArgumentParser:
+
+def arguments(description: str | None, rounds: int | None = None, threads: int = 1) -> argparse.ArgumentParser:
     """The options of every benchmark; `--rounds` where it has a default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=writable_file, help="write the rows here as well")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
+    parser.add_argument("--threads", type=at_least_one, default=threads, help=f"torch threads (default {threads})")
     if rounds is not None:
         parser.add_argument(
             "--rounds", type=at_least_one, default=rounds, help=f"timed turns of each contender ({rounds})"
@@ -37,6 +40,17 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+def positive_number(text: str) -> float:
+    """An argument that measures something."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = nan
+    if not 0 < number < inf:
+        raise argparse.ArgumentTypeError(f"'{text}' isn't a number above 0")
+    return number
+
+
 def writable_file(text: str) -> Path:
     """An argument that names a file to write, told before anything is measured if it can't be."""
     path = Path(text)
@@ -46,6 +60,14 @@ def writable_file(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"there is no folder {path.absolute().parent} to write {path.name} in")
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{path} can't be written; choose another file")
+    return path
+
+
+def writable_picture(text: str) -> Path:
+    """An argument that names a picture to draw, of a kind that matplotlib knows."""
+    path = writable_file(text)
+    if path.suffix not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{path} ends in none of {', '.join(PICTURES)}")
     return path
 
 

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.common import Row, arguments, at_least_one, show, writable_folder
 from benchmarks.quality import HERE, corpus_of
-from moe.config import EncoderConfig
+from moe.config import EncoderConfig, FeedForwardConfig
 from moe.experts.config import ExpertsConfig
 from moe.feed_forward import DenseConfig
 from moe.pretrained import CONFIG, read_config
@@ -116,13 +116,19 @@ def _task_of(row: Mapping[str, Any], folder: str) -> dict[str, Any]:
 
 
 def dense_of(routed: EncoderConfig) -> EncoderConfig:
-    """The encoder of which a token meets as much, but for routers."""
-    experts = routed.block.feed_forward
-    assert isinstance(experts, ExpertsConfig)
-    assert not routed.overrides
-    width = round(experts.router.mean_choices(experts.count) * experts.width) + experts.shared_width
-    dense = DenseConfig(width=width, activation=experts.activation, bias=experts.bias)
-    return routed.model_copy(update={"block": routed.block.model_copy(update={"feed_forward": dense})})
+    """The encoder of which a token meets as much, but for routers: dense networks where experts were."""
+    block = routed.block.model_copy(update={"feed_forward": _dense_network(routed.block.feed_forward)})
+    overrides = tuple(
+        each.model_copy(update={"feed_forward": _dense_network(each.feed_forward)}) for each in routed.overrides
+    )
+    return routed.model_copy(update={"block": block, "overrides": overrides})
+
+
+def _dense_network(config: FeedForwardConfig | None) -> FeedForwardConfig | None:
+    if not isinstance(config, ExpertsConfig):
+        return config
+    width = round(config.router.mean_choices(config.count) * config.width) + config.shared_width
+    return DenseConfig(width=width, activation=config.activation, bias=config.bias)
 
 
 def pretraining(folder: Path, name: str, steps: int, corpus: Path | None, overrides: Sequence[str]) -> RunConfig:

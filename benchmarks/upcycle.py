@@ -15,9 +15,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.common import Row, arguments, at_least_one, show, writable_file
-from benchmarks.quality import HERE, corpus_of, plot
+from benchmarks.common import Row, arguments, at_least_one, positive_number, show, writable_picture
+from benchmarks.quality import HERE, corpus_of
 from benchmarks.quality_arm import Arm, train_in_turns
+from benchmarks.quality_report import plot
 from moe.config import EncoderConfig
 from moe.heads import MaskedLM
 from moe.pretrained import TOKENIZER
@@ -91,11 +92,11 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of a dense model, with tokenizer.json")
     parser.add_argument("--data", type=Path, required=True, help="text: a file, or a folder of .txt files")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of each arm's training (default 10)")
+    parser.add_argument("--minutes", type=positive_number, default=10.0, help="of each arm's training (default 10)")
     parser.add_argument("--experts", type=at_least_one, default=8, help="copies of each network (default 8)")
     parser.add_argument("--layers", default="every:2:1", help="that are upcycled (default every:2:1)")
     parser.add_argument("--lr", type=float, default=3e-4, help="highest learning rate (default 3e-4)")
-    parser.add_argument("--plot", type=writable_file, help="draw held-out loss against time and steps")
+    parser.add_argument("--plot", type=writable_picture, help="draw held-out loss against time and steps")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     try:

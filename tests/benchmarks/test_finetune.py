@@ -14,6 +14,7 @@ from moe.config import EncoderConfig
 from routing.errors import UserError
 from tests.training.conftest import ROOT
 from tests.training.finetune.synthetic import save_base, write_rows
+from training.config import load_run_config
 
 SMALL = [
     "model.vocab_size=64",
@@ -66,6 +67,15 @@ def test_the_dense_arm_has_what_a_token_meets_but_for_routers(tmp_path: Path) ->
     assert dense.num_params() == dense.num_active_params()
     assert routed.num_active_params() - dense.num_params() == routed.depth * 8 * routed.width  # routers
     assert isinstance(routed, EncoderConfig)
+
+
+def test_so_it_has_where_only_some_layers_are_routed() -> None:
+    routed = load_run_config(ROOT / "configs" / "recipe-cpu.yaml", []).model
+    dense = dense_of(routed)
+    assert dense.num_params() == dense.num_active_params()
+    assert routed.num_active_params() - dense.num_params() == 2 * 8 * routed.width  # routers
+    assert [each.layers for each in dense.overrides] == [(2, 3)]
+    assert dense.block == routed.block
 
 
 def test_each_ablation_changes_its_own_setting_only(tmp_path: Path) -> None:

@@ -210,7 +210,8 @@ def test_a_whole_small_comparison(
     words = ["--data", str(text), "--valid", str(text), "--arms", str(tmp_path / "arms.yaml"), "--threads", "1"]
     words += ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "plot.png"), "--seeds", "2"]
     words += ["--minutes", "0.01", "--keep", str(tmp_path / "kept")]
-    quality.main([*words, *(f"--override={each}" for each in small(text)[2:])])
+    words += [f"--override={each}" for each in small(text)[2:]]
+    quality.main(words)
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [(row["contender"], row["seed"]) for row in rows] == [(name, seed) for seed in (0, 1) for name in ARMS]
     for row in rows:
@@ -221,6 +222,16 @@ def test_a_whole_small_comparison(
     assert all(row["speed"] == 1 and row["equal time"] == row["equal steps"] == 0 for row in rows[::3])
     printed = capsys.readouterr().out
     assert all(name in printed for name in ARMS)
+    for row in rows[1::3]:
+        assert row["per step"] >= row["window"] >= 1
+        assert row["loads"][0] >= 1
+    with pytest.raises(SystemExit):
+        quality.main(words)
+    assert "rows.json is there already; name another file" in capsys.readouterr().err
+    shown = ["--seeds", "0", "--with", str(tmp_path / "rows.json"), "--json", str(tmp_path / "again.json")]
+    quality.main(shown)
+    assert json.loads((tmp_path / "again.json").read_text()) == rows
+    assert capsys.readouterr().out in printed
     dense = [row["curve"][-1] for row in rows[::3]]
     loss, steps = (sum(point[i] for point in dense) / 2 for i in (2, 1))
     assert f"{loss:.3f} at {steps:,.0f}" in printed
@@ -268,6 +279,17 @@ def test_what_is_not_there_is_told(text: Path, tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         quality.main(["--data", str(text), "--valid", str(text), "--with", str(tmp_path / "no.json")])
     assert "no.json holds no rows of this benchmark" in capsys.readouterr().err
+    (tmp_path / "bad.yaml").write_text(json.dumps({"dense": {"modle.width": 8}}))
+    with pytest.raises(UserError, match=r"bad\.yaml, 'dense', can't be run\. .*\n  unknown key 'modle'"):
+        quality.plans_of(tmp_path / "bad.yaml", None, text, text, 0)
+    (tmp_path / "bad.yaml").write_text("dense: [1]")
+    with pytest.raises(UserError, match=r"'dense', holds list, not overrides such as `model\.width: 96`"):
+        quality.plans_of(tmp_path / "bad.yaml", None, text, text, 0)
+    (tmp_path / "bad.yaml").write_text("")
+    with pytest.raises(UserError, match=r"bad\.yaml names no arm; write `dense: \{\}`"):
+        quality.plans_of(tmp_path / "bad.yaml", None, text, text, 0)
+    (tmp_path / "bad.yaml").write_text("dense:\n")
+    assert [*quality.plans_of(tmp_path / "bad.yaml", None, text, text, 0)] == ["dense"]
     (tmp_path / "other.json").write_text('[{"contender": "dense"}]')
     with pytest.raises(SystemExit):
         quality.main(["--seeds", "0", "--with", str(tmp_path / "other.json")])
@@ -280,6 +302,10 @@ def test_what_is_not_there_is_told(text: Path, tmp_path: Path, capsys: pytest.Ca
         ([], "name the training text with --data and the held-out text with --valid"),
         (["--seeds", "0"], "--seeds 0 trains nothing; name what to show with --with"),
         (["--seeds", "-1"], "whole numbers of at least 0"),
+        (["--minutes", "nan"], "'nan' isn't a number above 0"),
+        (["--minutes", "0"], "'0' isn't a number above 0"),
+        (["--threads", "0"], "'0' isn't a whole number of at least 1"),
+        (["--plot", "plot.xyz"], "plot.xyz ends in none of .png, .pdf, .svg"),
     ],
 )
 def test_options_that_name_nothing_to_do_are_told(
