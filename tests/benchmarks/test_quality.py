@@ -241,19 +241,22 @@ def test_a_whole_small_comparison(
     assert [len(from_pretrained(path).encoder.routers()) for path in models.values()] == [0, 2, 1]
 
 
-@pytest.mark.parametrize("name", ["quality_arms.yaml", "quality_trials.yaml"])
+@pytest.mark.parametrize("name", ["quality_arms.yaml", "quality_trials.yaml", "quality_ablations.yaml"])
 def test_every_arm_that_comes_with_it_can_be_planned(name: str, text: Path) -> None:
     plans = quality.plans_of(quality.HERE / name, None, text, text, 0)
     assert len(plans) >= 5
     for arm, plan in plans.items():
         assert (plan.course.upcycle is not None) == ("upcycled" in arm)
-        assert (plan.course.routers is not None) == ("routers" in arm)
+        assert (plan.course.routers is not None) == ("routers a" in arm)
         assert (plan.course.masked is not None) == ("masked" in arm)
+        assert (plan.run.train.step_tokens == 4096) == ("4096" in arm)
 
 
 def test_the_recipe_is_what_was_measured_and_the_demo_is_the_recipe(text: Path) -> None:
     plans = quality.plans_of(quality.HERE / "quality_arms.yaml", None, text, text, 0)
     measured = plans["mixed attention, 8 x 128 of 2 in the last two layers"].run
+    ablated = quality.plans_of(quality.HERE / "quality_ablations.yaml", ["recipe"], text, text, 0)["recipe"].run
+    assert ablated == measured
     recipe, demo = (load_run_config(ROOT / "configs" / name, []) for name in ("recipe-cpu.yaml", "demo.yaml"))
     for part in ("model", "optimizer"):
         assert getattr(recipe, part) == getattr(measured, part) == getattr(demo, part), part
