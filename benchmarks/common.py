@@ -142,5 +142,7 @@ def show(title: str, rows: list[Row], json_file: Path | None) -> None:
 
 
 def save(rows: list[Row], json_file: Path | None) -> None:
+    """As a JSON list, a row on each line; nothing where no file is named."""
     if json_file:
-        json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        json_file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
