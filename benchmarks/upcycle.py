@@ -31,6 +31,7 @@ from training.engine import Ranks, start_processes, stop_processes
 from training.process import tune_cpu
 from training.upcycle import parse_layers, read_dense
 
+STEP_TOKENS = 2048
 LENGTH = 128  # tokens of a sequence, at most
 
 
@@ -54,6 +55,8 @@ def run_of(model: EncoderConfig, tokenizer: Path, data: Path, lr: float) -> RunC
         "data.tokenizer": {"kind": "file", "path": str(tokenizer)},
         "data.max_length": longest,
         "optimizer.lr": lr,
+        "train.step_tokens": STEP_TOKENS,
+        "train.micro_batch_tokens": STEP_TOKENS,
         "train.evaluation_tokens": 16_384,  # of the held-out text, many times
     }
     return load_run_config(HERE / "quality_base.yaml", [f"{path}={dumps(value)}" for path, value in overrides.items()])
