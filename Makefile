@@ -1,18 +1,17 @@
 # Two commands for a fresh machine: `make demo` and `make test`. Both set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
-WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() + 1))')
 
 .PHONY: demo test check format clean
 
 demo: .venv/installed
 	$(BIN)/moe pretrain configs/demo.yaml
 
-# A worker for each core and one more, as tests wait for processes that they start; files whole; and one thread per
-# process: idle threads that spin cost more than they help. Compiled code is kept, whatever the environment says: else each process compiles all of it anew.
+# A worker for each core, files whole; and one thread per process: tests start several, and idle threads that spin cost
+# more than they help. Compiled code is kept, whatever the environment says: else each process compiles all of it anew.
 test: .venv/installed
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+		$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
