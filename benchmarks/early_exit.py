@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--objective", choices=TRAINED, default="joint", help="how exits are trained (default: joint)")
     parser.add_argument("--max-drop", type=float, default=1.0, help="points of accuracy (default 1)")
     parser.add_argument("--timed", type=at_least_one, default=512, help="test sequences that are timed (default 512)")
-    parser.add_argument("--plot", type=writable_picture, help="draw the curves here, as a PNG")
+    parser.add_argument("--plot", type=writable_picture, help="draw the curves here")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     console = Console()
