@@ -12,11 +12,14 @@ of the worst layer in the last 100 steps: their median, and of their sum. Arms a
 default those of quality_arms.yaml. A seed takes the minutes of all its arms together; then its rows are written.
 
 Seeds can be run side by side, in processes of one thread: `--first-seed 1`, and then `--seeds 0 --with` their JSON.
+Tables and picture are of the seeds that all arms have; `--only` chooses arms of `--with` as well.
 """
 
 import json
+import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -34,7 +37,15 @@ from benchmarks.common import (
     writable_picture,
 )
 from benchmarks.quality_arm import Arm, CourseConfig, seconds_spent, steps_spent, train_in_turns
-from benchmarks.quality_report import loads_by_step, on_the_way, plot, refuse_unlike, rows_of, summed_up
+from benchmarks.quality_report import (
+    held_against_first,
+    loads_by_step,
+    loss_at,
+    plot,
+    refuse_unlike,
+    rows_of,
+    summed_up,
+)
 from routing.errors import UserError
 from training.config import RunConfig, load_run_config, read_yaml, validated
 from training.data.prepare import prepare
@@ -42,6 +53,7 @@ from training.engine import Ranks, start_processes, stop_processes
 from training.process import tune_cpu
 
 HERE = Path(__file__).parent
+FIXED = ("seed", "run_dir", "data.corpus", "data.held_out")
 
 
 class Plan(NamedTuple):
@@ -49,6 +61,12 @@ class Plan(NamedTuple):
 
     run: RunConfig
     course: CourseConfig
+    changes: dict[str, Any]  # of the base run, by the arm and then by the command
+
+    def digest(self) -> str:
+        """Of all that was configured, but for the text and the seed: two runs of one digest may be averaged."""
+        run = self.run.model_dump(mode="json", exclude={"seed": True, "run_dir": True, "data": {"corpus", "held_out"}})
+        return sha256(json.dumps([run, self.course.model_dump(mode="json")], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def plans_of(
@@ -62,6 +80,7 @@ def plans_of(
     unknown = [name for name in names if name not in given]
     if unknown:
         raise UserError(f"{arms} has no arm {unknown[0]!r}; it has {', '.join(map(repr, given))}")
+    refuse_fixed([each.partition("=")[0] for each in overrides], "--override")
     common = {"seed": seed, "data.corpus": corpus_of(data), "data.held_out": corpus_of(valid)}
     plans = {name: plan_of(given[name] or {}, common, overrides, f"{arms}, {name!r},") for name in names}
     if plans[names[0]].course.upcycle:
@@ -71,10 +90,22 @@ def plans_of(
     return plans
 
 
+def refuse_fixed(paths: Iterable[str], source: str) -> None:
+    """What all arms of a seed have in common isn't for an override to say."""
+    for path in paths:
+        for fixed in FIXED:
+            if f"{path}.".startswith(f"{fixed}.") or fixed.startswith(f"{path}."):
+                raise UserError(
+                    f"{source} sets {path}, but {fixed} is the same for all arms: --data, --valid and --first-seed say "
+                    "what it is; leave it out"
+                )
+
+
 def plan_of(arm: Any, common: Mapping[str, Any], overrides: Sequence[str], source: str) -> Plan:
     """Of an arm's overrides; those that CourseConfig names are none of the run's."""
     if not isinstance(arm, dict):
         raise UserError(f"{source} holds {type(arm).__name__}, not overrides such as `model.width: 96`")
+    refuse_fixed(map(str, arm), source)
     course = {key: value for key, value in arm.items() if key in CourseConfig.model_fields}
     run = {**common, **{path: value for path, value in arm.items() if path not in course}}
     try:
@@ -83,7 +114,8 @@ def plan_of(arm: Any, common: Mapping[str, Any], overrides: Sequence[str], sourc
         )
     except UserError as error:
         raise UserError(f"{source} can't be run. {error}") from error
-    return Plan(config, validated(course, [], CourseConfig, source))
+    changes = dict(each.split("=", 1) for each in overrides) | arm
+    return Plan(config, validated(course, [], CourseConfig, source), changes)
 
 
 def corpus_of(path: Path) -> dict[str, Any]:
@@ -93,17 +125,15 @@ def corpus_of(path: Path) -> dict[str, Any]:
     return {"kind": "text", "files": [files], "document": "block"}
 
 
-def train_together(
-    plans: Mapping[str, Plan], ranks: Ranks, seconds: float, steps: int | None = None, keep: Path | None = None
-) -> list[Row]:
-    """Train all arms of a seed in turns, for that many seconds each, or if given steps.
+def train_together(plans: Mapping[str, Plan], ranks: Ranks, seconds: float, steps: int | None = None) -> list[Arm]:
+    """Train all arms of a seed in turns, for that many seconds each, or if given steps; those that came to the end.
 
-    Args:
-        keep: a folder for the arms' models.
+    Raises:
+        UserError: if the first one didn't.
     """
     arms: list[Arm] = []
     start: dict[str, torch.Tensor] = {}
-    for name, (run, course) in plans.items():
+    for name, (run, course, _) in plans.items():
         with TemporaryDirectory() as folder:
             run = run.model_copy(update={"run_dir": folder})
             arm = Arm(name, run, prepare(run.data), ranks, start, course)
@@ -114,40 +144,49 @@ def train_together(
         train_in_turns(arms, seconds, seconds_spent, branching=first)
     else:
         train_in_turns(arms, steps, steps_spent)
-    if keep:
-        for arm in arms:  # before the first one branches
-            arm.save(keep / f"{arm.name} {plans[arm.name].run.seed}")
-    rows = [row_of(arm, plans[arm.name].run.seed) for arm in arms]
-    for arm, row in zip(arms, rows, strict=True):
-        branched = steps is None and arm is not first
-        same_steps = first.loss_after(row["steps"]) if branched else rows[0]["loss"]
-        row["speed"] = row["tokens per second"] / rows[0]["tokens per second"]
-        row["equal time"] = row["loss"] - rows[0]["loss"] if steps is None else None
-        row["equal steps"] = row["loss"] - same_steps
-        print({key: value for key, value in row.items() if key not in ("loads", "curve")}, flush=True)
-    return rows
+    if first.failed:
+        raise UserError(
+            f"{first.name!r}, which the others are held against, came to {first.failed}; lower its rate: optimizer.lr"
+        )
+    for arm in arms:
+        if arm.failed:
+            print(f"{arm.name!r} is left out: it came to {arm.failed}", file=sys.stderr, flush=True)
+    return [arm for arm in arms if not arm.failed]
 
 
-def row_of(arm: Arm, seed: int) -> Row:
-    """What an arm came to, but for what it is held against."""
+def row_of(arm: Arm, first: Arm, plan: Plan, by_time: bool) -> Row:
+    """What an arm came to, held against the first; at equal steps if all made as many (`at_equal_steps` else)."""
     per_step, window = arm.balance()
+    loss, speed = arm.curve[-1].loss, arm.tokens / arm.seconds
     return {
         "contender": arm.name,
-        "seed": seed,
+        "seed": plan.run.seed,
         "parameters": arm.parameters,
         "active": arm.active,
         "steps": arm.step,
-        "tokens per second": arm.tokens / arm.seconds,
-        "loss": arm.curve[-1].loss,
+        "tokens per second": speed,
+        "speed": speed / (first.tokens / first.seconds),
+        "loss": loss,
+        "equal time": loss - first.curve[-1].loss if by_time else None,
+        "equal steps": loss - first.curve[-1].loss if arm is first or not by_time else None,
         "per step": per_step,
         "window": window,
         "loads": arm.loads_on_the_way(),
         "curve": [tuple(point) for point in arm.curve],
+        "threads": torch.get_num_threads(),
+        "changes": plan.changes,
+        "config": plan.digest(),
     }
 
 
+def at_equal_steps(row: Row, first: Arm, plans: Mapping[str, Plan]) -> float | None:
+    """A row's loss less that of the first arm given as many steps; None where a step is of other tokens."""
+    mine, its = (plans[name].run.train.step_tokens for name in (row["contender"], first.name))
+    return row["loss"] - first.loss_after(row["steps"]) if mine == its else None
+
+
 def train_seeds(options: Namespace) -> list[Row]:
-    """All arms of every seed; what is done is written after each seed."""
+    """All arms of every seed; what is done is written when a seed is trained, and after each of its branches."""
     rows: list[Row] = []
     try:
         seeds = [
@@ -159,8 +198,19 @@ def train_seeds(options: Namespace) -> list[Row]:
         ranks = start_processes()
         try:
             for plans in seeds:
-                rows += train_together(plans, ranks, 60 * options.minutes, options.steps, options.keep)
+                arms = train_together(plans, ranks, 60 * options.minutes, options.steps)
+                by_time, first = options.steps is None, arms[0]
+                mine = [row_of(arm, first, plans[arm.name], by_time) for arm in arms]
+                rows += mine
                 save(rows, options.json)
+                if options.keep:
+                    for arm in arms:  # before the first one branches
+                        arm.save(options.keep / f"{arm.name} {plans[arm.name].run.seed}")
+                for row in mine:
+                    if row["equal steps"] is None:
+                        row["equal steps"] = at_equal_steps(row, first, plans)
+                        save(rows, options.json)
+                    tell(row)
         finally:
             stop_processes()
     except UserError as error:
@@ -168,19 +218,26 @@ def train_seeds(options: Namespace) -> list[Row]:
     return rows
 
 
+def tell(row: Row) -> None:
+    print({key: value for key, value in row.items() if key not in ("loads", "curve", "changes")}, flush=True)
+
+
 def main(words: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__, threads=2)
     parser.add_argument("--data", type=Path, help="training text: a file, or a folder of .txt files")
     parser.add_argument("--valid", type=Path, help="held-out text")
-    parser.add_argument("--minutes", type=positive_number, default=15.0, help="of each arm's training (default 15)")
-    parser.add_argument("--steps", type=at_least_one, help="of each arm instead of minutes, for quick trials")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--minutes", type=positive_number, default=15.0, help="of each arm's training (default 15)")
+    budget.add_argument("--steps", type=at_least_one, help="of each arm instead of minutes, for quick trials")
     parser.add_argument("--seeds", type=int, default=1, help="how many (default 1); 0: only show what `--with` names")
     parser.add_argument("--first-seed", type=int, default=0, help="of as many in a row (default 0)")
     parser.add_argument(
         "--with", nargs="+", type=rows_of, default=[], dest="others", metavar="JSON", help="show these runs' rows too"
     )
     parser.add_argument("--arms", type=Path, default=HERE / "quality_arms.yaml", help="YAML: name -> overrides")
-    parser.add_argument("--only", nargs="+", metavar="ARM", help="of these; the first is what others are held against")
+    parser.add_argument(
+        "--only", nargs="+", metavar="ARM", help="train and show these; the others are held against the first"
+    )
     parser.add_argument("--plot", type=writable_picture, help="draw held-out loss against time and against steps")
     parser.add_argument(
         "--override", action="append", default=[], metavar="A.B=VALUE", help="of quality_base.yaml; may be repeated"
@@ -201,20 +258,24 @@ def main(words: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     rows = train_seeds(options) if options.seeds else []
     rows += others  # only now that its own are written
+    save(rows, options.json)
     try:
         refuse_unlike(rows)
+        shown = held_against_first(rows, options.only)
     except UserError as error:
         raise SystemExit(f"benchmarks.quality: {error}") from error
-    save(rows, options.json)
-    last = rows[0]["curve"][-1]
-    budget = f"{last[0] / 60:.3g} minutes" if rows[0]["equal time"] is not None else f"{last[1]} steps"
-    seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
-    show(f"{budget} of training; seeds: {seeds}", summed_up(rows), None)
-    show("held-out loss at step, after each fifth of the budget", on_the_way(rows), None)
-    if loads := loads_by_step(rows):
+    last = shown[0]["curve"][-1]
+    by_time = shown[0]["equal time"] is not None
+    done = f"{last[0] / 60:.3g} minutes" if by_time else f"{last[1]} steps"
+    seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in shown}))
+    show(f"{done} of training; seeds that all arms have: {seeds}", summed_up(shown), None)
+    if by_time:
+        show("held-out loss after", loss_at(shown, 0), None)
+    show("held-out loss at step", loss_at(shown, 1), None)
+    if loads := loads_by_step(shown):
         show("load per step, the median of the 100 up to", loads, None)
     if options.plot:
-        plot(rows, options.plot)
+        plot(shown, options.plot)
 
 
 if __name__ == "__main__":

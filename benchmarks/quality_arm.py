@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from benchmarks.quality_masked import Masked, route_apart, uncounted
 from moe.heads import MaskedLM
@@ -26,7 +26,7 @@ from training.data.prepare import PreparedData
 from training.engine import Ranks, set_learning_rate
 from training.objective import MaskedLMObjective
 from training.pretrain import assemble
-from training.step import train_step
+from training.step import NonFiniteLoss, train_step
 
 TURN = 5.0  # seconds that an arm trains before it is another's turn
 EVALUATIONS = 15  # of each arm
@@ -60,6 +60,16 @@ class CourseConfig(Config):
     routers: RouterRateConfig | None = None
     masked: Masked | None = None  # masked tokens: routed apart, or not counted in balance
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> "CourseConfig":
+        if self.masked and self.upcycle:
+            raise ValueError(
+                "masked tokens can't be treated otherwise in an arm that is upcycled; leave one of them out"
+            )
+        if self.masked == "apart" and self.routers:
+            raise ValueError("routers with a second matrix have no rate of their own; leave masked or routers out")
+        return self
+
 
 class Snapshot(NamedTuple):
     """All that a branch needs, in memory."""
@@ -92,6 +102,10 @@ class Arm:
         course = course or CourseConfig()
         self._upcycling, self._routers = course.upcycle, course.routers
         self._parts = assemble(run, data, ranks)
+        if (course.masked or (course.routers and not course.upcycle)) and not self._parts.engine.module.routers():
+            raise UserError(
+                f"{name!r} says how routers learn, but has none; leave masked and routers out, or give it experts"
+            )
         self._set_routers_apart()
         mask_id = data.tokenizer.token_to_id("[MASK]")
         if course.masked == "apart":
@@ -112,6 +126,7 @@ class Arm:
         self.parameters = run.model.num_params()
         self.active = run.model.num_active_params()
         self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.failed: str | None = None  # why it ended before its budget
         self.curve: list[Point] = []
         self.loads: list[float] = []  # of the worst layer, each step
         self._recent: list[dict[str, RoutingStats]] = []
@@ -272,6 +287,8 @@ def train_in_turns(
 ) -> None:
     """Train each arm for a budget of its own, a few seconds at a time, so that a drifting machine slows all alike.
 
+    An arm whose loss is no number any more ends there, and says so in `failed`; the others go on.
+
     Args:
         budget: of each, as `spent` counts it.
         branching: takes snapshots on its way, for `Arm.loss_after`.
@@ -282,13 +299,16 @@ def train_in_turns(
     while running:
         for arm in list(running):
             turn = 0.0
-            while turn < TURN and spent(arm) < budget:
-                if arm is branching and spent(arm) >= kept * budget / SNAPSHOTS:
-                    arm.keep(spent(arm) / budget)
-                    kept += 1
-                turn += arm.train(spent(arm) / budget)
-            done = spent(arm) >= budget
-            if done or spent(arm) >= len(arm.curve) * budget / EVALUATIONS:
+            try:
+                while turn < TURN and spent(arm) < budget:
+                    if arm is branching and spent(arm) >= kept * budget / SNAPSHOTS:
+                        arm.keep(spent(arm) / budget)
+                        kept += 1
+                    turn += arm.train(spent(arm) / budget)
+            except NonFiniteLoss as error:
+                arm.failed = f"{error} at step {arm.step}"
+            done = arm.failed is not None or spent(arm) >= budget
+            if not arm.failed and (done or spent(arm) >= len(arm.curve) * budget / EVALUATIONS):
                 arm.evaluate()
             if done:
                 running.remove(arm)

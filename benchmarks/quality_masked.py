@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from routing import Router, Routing, RoutingStats, Tokens, route
+from routing.errors import UserError
 from routing.logits import RouterLogits
 from routing.stats import summarize
 
@@ -37,9 +38,17 @@ class LogitsApart(RouterLogits):
 
 
 def route_apart(model: nn.Module, mask_id: int) -> list[nn.Parameter]:
-    """Give every router of a model a second matrix for masked tokens; these."""
+    """Give every router of a model a second matrix for masked tokens; these.
+
+    Raises:
+        UserError: for a router that has no first one.
+    """
     found = []
-    for router in model.routers().values():
+    for name, router in model.routers().items():
+        if not isinstance(getattr(router, "logits", None), RouterLogits):
+            raise UserError(
+                f"router {name} learns no logits, so masked tokens can't be routed apart; leave `masked` out"
+            )
         router.logits = LogitsApart(router.logits, mask_id)
         found.append(router.logits.masked)
     return found

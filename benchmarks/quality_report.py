@@ -29,6 +29,9 @@ COLUMNS = (
     "window",
     "loads",
     "curve",
+    "threads",
+    "changes",
+    "config",
 )
 
 
@@ -40,23 +43,40 @@ def rows_of(text: str) -> list[Row]:
         raise ArgumentTypeError(f"{text} holds no rows of this benchmark: {error}") from None
     if not isinstance(rows, list) or not rows:
         raise ArgumentTypeError(f"{text} holds no rows of this benchmark")
-    if not all(isinstance(row, dict) and {*COLUMNS} <= row.keys() and row["curve"] for row in rows):
+    if not all(isinstance(row, dict) and {*COLUMNS} <= row.keys() and is_curve(row["curve"]) for row in rows):
         raise ArgumentTypeError(f"{text} holds no rows of this benchmark: not all of them have {', '.join(COLUMNS)}")
     return rows
 
 
+def is_curve(given: object) -> bool:
+    """Whether it is seconds, steps and losses."""
+    return isinstance(given, list) and given != [] and all(isinstance(each, list) and len(each) == 3 for each in given)
+
+
 def refuse_unlike(rows: Sequence[Row]) -> None:
-    """Means over seeds are of each seed once, and of one budget.
+    """Means over seeds are of each seed once, of one budget, and of arms that were the same.
 
     Raises:
         UserError: for rows that aren't so.
     """
-    seen = set()
+    seen: dict[tuple[str, int], Row] = {}
+    alike: dict[str, Row] = {}
+    first: dict[int, str] = {}  # arm by seed
     for row in rows:
-        arm = (row["contender"], row["seed"])
-        if arm in seen:
-            raise UserError(f"{row['contender']!r} with seed {row['seed']} is there twice; name each run once")
-        seen.add(arm)
+        name, seed = row["contender"], row["seed"]
+        if (name, seed) in seen:
+            raise UserError(f"{name!r} with seed {seed} is there twice; name each run once")
+        seen[name, seed] = row
+        one = alike.setdefault(name, row)
+        if (row["config"], row["threads"]) != (one["config"], one["threads"]):
+            raise UserError(
+                f"{name!r} wasn't the same with seed {one['seed']} and seed {seed}: its config or threads differ; "
+                "show them apart"
+            )
+        if is_first(row) and first.setdefault(seed, name) != name:
+            raise UserError(
+                f"seed {seed} was run twice, held against {first[seed]!r} and against {name!r}; show them apart"
+            )
     by_time = {row["equal time"] is not None for row in rows}
     budgets = [row["curve"][-1][0] if True in by_time else row["steps"] for row in rows]
     if len(by_time) > 1 or max(budgets) > 1.05 * min(budgets):
@@ -67,76 +87,124 @@ def refuse_unlike(rows: Sequence[Row]) -> None:
         )
 
 
-def summed_up(rows: list[Row]) -> list[Row]:
+def is_first(row: Row) -> bool:
+    """Whether the other arms of its seed were held against it."""
+    return bool(row["speed"] == 1 and row["equal steps"] == 0 and not row["equal time"])
+
+
+def held_against_first(rows: Sequence[Row], names: Sequence[str] | None = None) -> list[Row]:
+    """Rows of the seeds that all arms have, held against the first arm; by name, then seed.
+
+    Args:
+        names: of the arms; None: all. Where the first of them isn't the one that branched, what it would have been at
+            another's steps isn't known.
+
+    Raises:
+        UserError: for arms that aren't there, or have no seed in common.
+    """
+    known = list(dict.fromkeys(row["contender"] for row in rows))
+    names = names or known
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"there is no row of {unknown[0]!r}; there are rows of {', '.join(map(repr, known))}")
+    of = {(row["contender"], row["seed"]): row for row in rows}
+    seeds = sorted(set.intersection(*({seed for name, seed in of if name == each} for each in names)))
+    if not seeds:
+        raise UserError(f"no seed was run with all of {', '.join(map(repr, names))}; name fewer of them with --only")
+    found = []
+    for name in names:
+        for seed in seeds:
+            row, first = of[name, seed], of[names[0], seed]
+            difference = row["loss"] - first["loss"]
+            by_time = row["equal time"] is not None
+            by_steps = row["equal steps"] if is_first(first) and by_time else None if by_time else difference
+            found.append(
+                row
+                | {"speed": row["tokens per second"] / first["tokens per second"]}
+                | {"equal time": difference if by_time else None}
+                | {"equal steps": 0.0 if row is first else by_steps}
+            )
+    return found
+
+
+def spread(values: Sequence[float | None], sign: str = "") -> str:
+    """Mean and deviation over seeds; of one value that value."""
+    numbers = [value for value in values if value is not None]
+    if not numbers or len(numbers) < len(values):
+        return "-"
+    return f"{fmean(numbers):{sign}.3f}" + (f" ± {stdev(numbers):.3f}" if len(numbers) > 1 else "")
+
+
+def summed_up(rows: Sequence[Row]) -> list[Row]:
     """One row per arm: means over seeds, and the spread of what is compared."""
     table = []
-    for name in dict.fromkeys(row["contender"] for row in rows):
-        mine = [row for row in rows if row["contender"] == name]
-
-        def spread(column: str, mine: list[Row] = mine) -> str:
-            values = [row[column] for row in mine]
-            if None in values:
-                return "-"
-            return f"{fmean(values):+.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
+    for name, mine in by_arm(rows).items():
+        means = {column: fmean(row[column] for row in mine) for column in ("steps", "tokens per second", "speed")}
         table.append(
             {
                 "contender": name,
                 "active": f"{mine[0]['active']:,}",
                 "parameters": f"{mine[0]['parameters']:,}",
-                "steps": round(fmean(row["steps"] for row in mine)),
-                "tokens per second": round(fmean(row["tokens per second"] for row in mine)),
-                "speed": fmean(row["speed"] for row in mine),
-                "loss": fmean(row["loss"] for row in mine),
-                "equal time": spread("equal time"),
-                "equal steps": spread("equal steps"),
-                **{
-                    column: fmean(row[column] for row in mine) if mine[0][column] is not None else "-"
-                    for column in ("per step", "window")
-                },
+                "steps": round(means["steps"]),
+                "tokens per second": round(means["tokens per second"]),
+                "speed": means["speed"],
+                "loss": spread([row["loss"] for row in mine]),
+                **{column: spread([row[column] for row in mine], "+") for column in ("equal time", "equal steps")},
+                **{column: spread([row[column] for row in mine]) for column in ("per step", "window")},
             }
         )
     return table
 
 
-def on_the_way(rows: list[Row]) -> list[Row]:
-    """One row per arm: held-out loss after each fifth of the budget, and the steps made by then; means over seeds."""
+def by_arm(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    names = dict.fromkeys(row["contender"] for row in rows)
+    return {name: [row for row in rows if row["contender"] == name] for name in names}
+
+
+def loss_at(rows: Sequence[Row], column: int) -> list[Row]:
+    """One row per arm: held-out loss at each fifth of the shortest run, between evaluations interpolated.
+
+    Args:
+        column: of a curve's points: 0 for seconds, told in minutes, or 1 for steps.
+    """
+    shortest = min(row["curve"][-1][column] for row in rows)
     table: list[Row] = []
-    for name in dict.fromkeys(row["contender"] for row in rows):
-        curves = [row["curve"] for row in rows if row["contender"] == name]
+    for name, mine in by_arm(rows).items():
         cells: Row = {"contender": name}
         for fifth in range(1, 6):
-            points = [min(curve, key=lambda p: abs(p[0] - fifth / 5 * curve[-1][0])) for curve in curves]
-            loss, steps = fmean(point[2] for point in points), fmean(point[1] for point in points)
-            cells[f"{fifth}/5"] = f"{loss:.3f} at {steps:,.0f}"
+            place = fifth / 5 * shortest
+            losses = []
+            for row in mine:
+                curve = np.array(row["curve"])
+                losses.append(float(np.interp(place, curve[:, column], curve[:, 2])))
+            cells[f"{place / 60:.3g} min" if column == 0 else f"{place:,.0f}"] = spread(losses)
         table.append(cells)
     return table
 
 
-def loads_by_step(rows: list[Row]) -> list[Row]:
+def loads_by_step(rows: Sequence[Row]) -> list[Row]:
     """One row per routed arm: load per step in the WINDOW steps up to 100, 200, 400 and so on, over seeds."""
     table: list[Row] = []
-    longest = max((len(row["loads"] or []) for row in rows), default=0)
-    for name in dict.fromkeys(row["contender"] for row in rows if row["loads"]):
-        loads = [row["loads"] for row in rows if row["contender"] == name and row["loads"]]
+    routed = by_arm([row for row in rows if row["loads"]])
+    longest = max((len(row["loads"]) for mine in routed.values() for row in mine), default=0)
+    for name, mine in routed.items():
         cells: Row = {"contender": name}
         for place in (2**i for i in range(longest.bit_length())):
-            there = [each[place - 1] for each in loads if len(each) >= place]
-            cells[f"{place * WINDOW:,}"] = fmean(there) if there else "-"
+            cells[f"{place * WINDOW:,}"] = spread(
+                [row["loads"][place - 1] for row in mine if len(row["loads"]) >= place]
+            )
         table.append(cells)
     return table
 
 
-def plot(rows: list[Row], path: Path) -> None:
+def plot(rows: Sequence[Row], path: Path) -> None:
     """Held-out loss against time and against steps; mean and range over seeds, at equal shares of the budget."""
     figure = Figure(figsize=(11, 4.5), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    names = list(dict.fromkeys(row["contender"] for row in rows))
     for axes, column, label in zip(
         figure.subplots(1, 2), (0, 1), ("minutes of training", "optimizer steps"), strict=True
     ):
-        for i, name in enumerate(names):
-            curves = [np.array(row["curve"]) for row in rows if row["contender"] == name]
+        for i, (name, mine) in enumerate(by_arm(rows).items()):
+            curves = [np.array(row["curve"]) for row in mine]
             shares = np.linspace(0, 1, max(map(len, curves)))
             places, losses = (
                 np.stack([np.interp(shares, each[:, 0] / each[-1, 0], each[:, wanted]) for each in curves])
