@@ -87,7 +87,7 @@ class FakeArm:
 def test_arms_take_turns_of_some_seconds_and_are_evaluated_on_the_way() -> None:
     log: list[str] = []
     slow, fast = FakeArm("slow", 2.0, log), FakeArm("fast", 1.0, log)
-    train_in_turns([slow, fast], 60.0, branching=slow)  # type: ignore[list-item]
+    train_in_turns([slow, fast], 60.0, branching=slow)
     assert log[:11] == ["slow"] * 3 + ["fast"] * 5 + ["slow"] * 3
     assert (slow.step, fast.step) == (30, 60)
     assert slow.curve == [6.0 * n for n in range(11)]  # a turn is longer than a fifteenth of the budget
@@ -100,7 +100,7 @@ def test_arms_take_turns_of_some_seconds_and_are_evaluated_on_the_way() -> None:
 def test_an_arm_that_breaks_ends_and_the_others_go_on() -> None:
     log: list[str] = []
     arms = [FakeArm("whole", 2.0, log), FakeArm("broken", 2.0, log, breaks_at=4)]
-    train_in_turns(arms, 60.0)  # type: ignore[arg-type]
+    train_in_turns(arms, 60.0)
     assert [(arm.step, arm.failed) for arm in arms] == [(30, None), (4, "loss = nan at step 4")]
     assert arms[1].curve == [0.0, 6.0]
 
