@@ -261,7 +261,11 @@ def main(words: Sequence[str] | None = None) -> None:
     save(rows, options.json)
     try:
         refuse_unlike(rows)
-        shown = held_against_first(rows, options.only)
+        trained = {row["contender"] for row in rows}
+        left = [
+            name for name in options.only or () if not options.seeds or name in trained
+        ]  # of these one may have broken
+        shown = held_against_first(rows, left)
     except UserError as error:
         raise SystemExit(f"benchmarks.quality: {error}") from error
     last = shown[0]["curve"][-1]

@@ -102,7 +102,7 @@ def test_a_whole_small_comparison(
 
 
 def test_an_arm_that_breaks_is_left_out(
-    text: Path, ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: Path, ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arms = {"dense": {}, "too fast": {"optimizer.lr": 1e30}}
     (tmp_path / "arms.yaml").write_text(json.dumps(arms))
@@ -111,6 +111,10 @@ def test_an_arm_that_breaks_is_left_out(
     (found,) = quality.train_together(plans, ranks, 1.0, 4)
     assert (found.name, found.step) == ("dense", 4)
     assert "'too fast' is left out: it came to " in capsys.readouterr().err
+    monkeypatch.setattr(quality, "stop_processes", lambda: None)  # other tests' engines know this process's group
+    words = ["--data", str(text), "--valid", str(text), "--arms", str(tmp_path / "arms.yaml"), "--threads", "1"]
+    quality.main([*words, "--steps", "4", "--only", "dense", "too fast", *(f"--override={each}" for each in more)])
+    assert "4 steps of training" in capsys.readouterr().out
     plans = quality.plans_of(tmp_path / "arms.yaml", ["too fast"], text, text, 0, more)
     with pytest.raises(UserError, match=r"'too fast', which the others are held against, came to .*; lower its rate"):
         quality.train_together(plans, ranks, 1.0, 4)
