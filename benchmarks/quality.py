@@ -16,7 +16,6 @@ Tables and picture are of the seeds that all arms have; `--only` chooses arms of
 """
 
 import json
-import sys
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
@@ -36,7 +35,7 @@ from benchmarks.common import (
     writable_folder,
     writable_picture,
 )
-from benchmarks.quality_arm import Arm, CourseConfig, seconds_spent, steps_spent, train_in_turns
+from benchmarks.quality_arm import Arm, CourseConfig, finished, seconds_spent, steps_spent, train_in_turns
 from benchmarks.quality_report import (
     held_against_first,
     loads_by_step,
@@ -144,14 +143,7 @@ def train_together(plans: Mapping[str, Plan], ranks: Ranks, seconds: float, step
         train_in_turns(arms, seconds, seconds_spent, branching=first)
     else:
         train_in_turns(arms, steps, steps_spent)
-    if first.failed:
-        raise UserError(
-            f"{first.name!r}, which the others are held against, came to {first.failed}; lower its rate: optimizer.lr"
-        )
-    for arm in arms:
-        if arm.failed:
-            print(f"{arm.name!r} is left out: it came to {arm.failed}", file=sys.stderr, flush=True)
-    return [arm for arm in arms if not arm.failed]
+    return finished(arms)
 
 
 def row_of(arm: Arm, first: Arm, plan: Plan, by_time: bool) -> Row:

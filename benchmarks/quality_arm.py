@@ -314,5 +314,21 @@ def train_in_turns(
                 running.remove(arm)
 
 
+def finished(arms: Sequence[Arm]) -> list[Arm]:
+    """Those that came to the end; of the others it is told why not.
+
+    Raises:
+        UserError: if the first one didn't.
+    """
+    if arms[0].failed:
+        raise UserError(
+            f"{arms[0].name!r}, which the others are held against, came to {arms[0].failed}; lower its learning rate"
+        )
+    for arm in arms:
+        if arm.failed:
+            print(f"{arm.name!r} is left out: it came to {arm.failed}", file=sys.stderr, flush=True)
+    return [arm for arm in arms if not arm.failed]
+
+
 def _worst(routing: dict[str, RoutingStats]) -> float:
     return max(max_over_mean(stats.assigned) for stats in routing.values())

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.common import Row, arguments, at_least_one, positive_number, show, writable_picture
 from benchmarks.quality import HERE, corpus_of
-from benchmarks.quality_arm import Arm, train_in_turns
+from benchmarks.quality_arm import Arm, finished, train_in_turns
 from benchmarks.quality_report import plot
 from moe.config import EncoderConfig
 from moe.heads import MaskedLM
@@ -115,6 +115,7 @@ def main() -> None:
         ranks = start_processes()
         arms = [start_arm(name, model, runs[name], ranks) for name, model in models.items()]
         train_in_turns(arms, 60 * options.minutes)
+        arms = finished(arms)
         stop_processes()
     except UserError as error:
         raise SystemExit(f"benchmarks.upcycle: {error}") from error

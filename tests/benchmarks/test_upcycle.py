@@ -14,6 +14,7 @@ class Clock:
     def __init__(self, name: str, seconds_per_step: float, turns: list[str]) -> None:
         self.name, self.took, self.turns = name, seconds_per_step, turns
         self.seconds, self.step, self.tokens, self.parameters, self.active = 0.0, 0, 0, 1, 1
+        self.failed: str | None = None
         self.curve: list[Point] = []
         self.shares: list[float] = []
 
