@@ -116,7 +116,9 @@ def test_an_arm_that_breaks_is_left_out(
     quality.main([*words, "--steps", "4", "--only", "dense", "too fast", *(f"--override={each}" for each in more)])
     assert "4 steps of training" in capsys.readouterr().out
     plans = quality.plans_of(tmp_path / "arms.yaml", ["too fast"], text, text, 0, more)
-    with pytest.raises(UserError, match=r"'too fast', which the others are held against, came to .*; lower its learning rate"):
+    with pytest.raises(
+        UserError, match=r"'too fast', which the others are held against, came to .*; lower its learning rate"
+    ):
         quality.train_together(plans, ranks, 1.0, 4)
 
 
