@@ -60,7 +60,7 @@ class Plan(NamedTuple):
 
     run: RunConfig
     course: CourseConfig
-    changes: dict[str, Any]  # of the base run, by the arm and then by the command
+    changes: dict[str, Any]  # of the base run, by the command and then by the arm
 
     def digest(self) -> str:
         """Of all that was configured, but for the text and the seed: two runs of one digest may be averaged."""
@@ -253,11 +253,10 @@ def main(words: Sequence[str] | None = None) -> None:
     save(rows, options.json)
     try:
         refuse_unlike(rows)
-        trained = {row["contender"] for row in rows}
-        left = [
-            name for name in options.only or () if not options.seeds or name in trained
-        ]  # of these one may have broken
-        shown = held_against_first(rows, left)
+        names = options.only
+        if names and options.seeds:  # of which one may have broken on its way
+            names = [name for name in names if any(row["contender"] == name for row in rows)]
+        shown = held_against_first(rows, names)
     except UserError as error:
         raise SystemExit(f"benchmarks.quality: {error}") from error
     last = shown[0]["curve"][-1]

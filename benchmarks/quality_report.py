@@ -59,14 +59,14 @@ def refuse_unlike(rows: Sequence[Row]) -> None:
     Raises:
         UserError: for rows that aren't so.
     """
-    seen: dict[tuple[str, int], Row] = {}
+    seen: set[tuple[str, int]] = set()
     alike: dict[str, Row] = {}
     first: dict[int, str] = {}  # arm by seed
     for row in rows:
         name, seed = row["contender"], row["seed"]
         if (name, seed) in seen:
             raise UserError(f"{name!r} with seed {seed} is there twice; name each run once")
-        seen[name, seed] = row
+        seen.add((name, seed))
         one = alike.setdefault(name, row)
         if (row["config"], row["threads"]) != (one["config"], one["threads"]):
             raise UserError(
@@ -116,14 +116,14 @@ def held_against_first(rows: Sequence[Row], names: Sequence[str] | None = None) 
         for seed in seeds:
             row, first = of[name, seed], of[names[0], seed]
             difference = row["loss"] - first["loss"]
-            by_time = row["equal time"] is not None
-            by_steps = row["equal steps"] if is_first(first) and by_time else None if by_time else difference
-            found.append(
-                row
-                | {"speed": row["tokens per second"] / first["tokens per second"]}
-                | {"equal time": difference if by_time else None}
-                | {"equal steps": 0.0 if row is first else by_steps}
-            )
+            held = {"speed": row["tokens per second"] / first["tokens per second"]}
+            if row["equal time"] is None:  # all made as many steps
+                held["equal steps"] = difference
+            else:
+                held["equal time"] = difference
+                if not is_first(first):
+                    held["equal steps"] = 0.0 if row is first else None
+            found.append(row | held)
     return found
 
 
