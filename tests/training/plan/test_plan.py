@@ -87,7 +87,7 @@ def large_of(lanes: int) -> RunConfig:
     ("words", "expected"),
     [
         (["demo", "--gpus", "1"], "MB per GPU"),
-        (["demo", "--gpus", "1"], "need no more than engine.deepspeed.zero_optimization.reduce_bucket_size=2232704"),
+        (["demo", "--gpus", "1"], "need no more than engine.deepspeed.zero_optimization.reduce_bucket_size=1753376"),
         (["demo", "--gpus", "1", "--gpu", "cpu"], "figures of the GPU: orders of magnitude for a core with AVX-512"),
         (["large-64e", "--gpus", "8"], "GB per GPU"),
         (["large-64e", "--gpus", "8"], "+ train.step_tokens raised to a sequence for each GPU"),
