@@ -215,7 +215,7 @@ class Arm:
         return median(self.loads[-len(self._recent) :]), _worst(window)
 
     def loads_on_the_way(self) -> list[float]:
-        """Max/mean of the worst layer: the median of each WINDOW steps."""
+        """Max/mean of the worst layer: the median of each WINDOW steps, and of those left over."""
         return [median(self.loads[begin : begin + WINDOW]) for begin in range(0, len(self.loads), WINDOW)]
 
     def keep(self, share: float) -> None:
