@@ -36,7 +36,6 @@ from training.engine import stop_processes
 from training.finetune.config import FinetuneConfig, FinetuneOptimizerConfig
 from training.finetune.finetune import finetune
 from training.pretrain import pretrain
-from training.process import tune_cpu
 
 ENDINGS = (".jsonl", ".csv", ".tsv", ".parquet")
 Setting = dict[str, Any]  # of FinetuneConfig, in place of its own
@@ -281,5 +280,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    tune_cpu()
     main()

@@ -6,9 +6,12 @@ torch last, because `tune_cpu` comes first.
 
 import sys
 import time
+from pathlib import Path
 from statistics import median
 
 TOKENS, WIDTH, HIDDEN, EXPERTS, STEPS, WARM = 4096, 512, 1024, 32, 12, 2
+SEQUENCE = 128  # tokens, of the encoder
+ENCODER = Path(__file__).parent.parent / "configs/recipe-cpu.yaml"
 
 
 def main(setting: str, workload: str, threads: int) -> None:
@@ -20,9 +23,11 @@ def main(setting: str, workload: str, threads: int) -> None:
     import torch
 
     from moe.config import ExpertsConfig
+    from moe.encoder import Encoder
     from moe.experts.layer import MoEFeedForward
     from moe.feed_forward import FeedForward
     from routing import Tokens
+    from training.config import load_run_config
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -30,13 +35,20 @@ def main(setting: str, workload: str, threads: int) -> None:
         layer = MoEFeedForward(ExpertsConfig(count=EXPERTS, width=HIDDEN, backend="torch"), WIDTH)
         x = torch.randn(TOKENS, WIDTH, requires_grad=True)
         tokens = Tokens(torch.zeros(TOKENS, dtype=torch.int64), torch.tensor([0, TOKENS], dtype=torch.int32))
+        output = lambda: layer(x, tokens)[0]  # noqa: E731
+    elif workload == "encoder":
+        layer = Encoder(load_run_config(ENCODER, []).model)
+        x = torch.randint(layer.config.vocab_size, (TOKENS // SEQUENCE, SEQUENCE))
+        output = lambda: layer(x).last_hidden_state  # noqa: E731
     else:
         layer = FeedForward(WIDTH, HIDDEN, "gelu")
         x = torch.randn(2 * TOKENS, WIDTH, requires_grad=True)
+        output = lambda: layer(x)  # noqa: E731
     times = []
     for _ in range(STEPS):
         start = time.perf_counter()
-        y = layer(x, tokens)[0] if workload == "experts" else layer(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=workload == "encoder"):
+            y = output()
         y.square().mean().backward()
         layer.zero_grad()
         x.grad = None

@@ -49,7 +49,6 @@ from routing.errors import UserError
 from training.config import RunConfig, load_run_config, read_yaml, validated
 from training.data.prepare import prepare
 from training.engine import Ranks, start_processes, stop_processes
-from training.process import tune_cpu
 
 HERE = Path(__file__).parent
 FIXED = ("seed", "run_dir", "data.corpus", "data.held_out")
@@ -274,5 +273,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    tune_cpu()
     main()

@@ -28,7 +28,6 @@ from routing.errors import UserError
 from training.config import RunConfig, load_run_config
 from training.data.prepare import prepare
 from training.engine import Ranks, start_processes, stop_processes
-from training.process import tune_cpu
 from training.upcycle import parse_layers, read_dense
 
 STEP_TOKENS = 2048
@@ -129,5 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    tune_cpu()
     main()

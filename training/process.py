@@ -7,18 +7,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
+_SPINS = 1000  # of libgomp's loop: some microseconds
 _PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 _prctl = getattr(ctypes.CDLL(None), "prctl", None)  # looked up once: a fork of several threads may not wait for locks
 
 
 def tune_cpu() -> None:
-    """Keep freed memory and let waiting threads sleep. Call it once, before torch is imported; harmless elsewhere.
+    """Keep freed memory and let waiting threads sleep soon. Call it once, before torch is imported; harmless elsewhere.
 
     glibc hands large blocks back to the system when they are freed, and every new one costs page faults. OpenMP's
-    threads spin while they wait for each other, which on a machine that others use as well keeps the one they wait for
-    from running; the variable is left alone if it is set.
+    threads spin for milliseconds while they wait for each other, which on a machine that others use as well, and beside
+    threads of our own, keeps the one they wait for from running; but to wake one that sleeps costs more than a small
+    operation. So they spin for some microseconds, from one operation to the next. Variables that are set already are
+    left alone, both of them.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)

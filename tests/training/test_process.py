@@ -10,7 +10,7 @@ import pytest
 
 from tests.training.conftest import ROOT
 from tests.training.launch.processes import wait_for
-from training.process import usable_cores
+from training.process import tune_cpu, usable_cores
 
 # As `datasets` tokenizes with data.num_proc: a pool of forks.
 POOL = """
@@ -52,3 +52,19 @@ def test_forks_of_a_killed_process_end_with_it() -> None:
             if worker.is_running():
                 worker.kill()
         process.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ({}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_how_threads_wait_is_said_unless_somebody_has(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], left: dict[str, str]
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(given))
+    tune_cpu()
+    assert os.environ == left
