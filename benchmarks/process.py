@@ -1,10 +1,9 @@
 """What `training.process.tune_cpu` is worth: fresh processes with and without it, in turns.
 
 Each process times training steps of one mixture-of-experts layer (d 512, ff 1024, 32 experts, K 2, T 4096, float32,
-torch's backend, whose temporaries are large), of its dense limit, and of the encoder of
-`configs/recipe-cpu.yaml` (T 4096, bf16), which is many small operations. `speed` is relative to the untouched process.
-How threads wait matters with two or more, and most when other processes want the same cores: run it with and without
-company.
+torch's backend, whose temporaries are large), of its dense limit, and of the encoder of `configs/recipe-cpu.yaml`
+(T 4096, bf16), which is many small operations. `speed` is relative to the untouched process. How threads wait matters
+with two or more, and most when other processes want the same cores: run it with and without company.
 """
 
 import os
