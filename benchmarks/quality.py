@@ -3,15 +3,16 @@
     python -m benchmarks.quality --data TRAIN --valid FILE --minutes 15 --seeds 3 --json FILE --plot FILE
 
 All arms of a seed start from the first arm's initial weights (those that they have too), see the same text in the same
-order, and train in turns of a few seconds in one process, so that a drifting machine slows all alike. Only their own
-optimizer steps count as their time. The learning rate warms up over 100 steps and falls over the last quarter of the
+order, and train in turns of a few seconds on the same ranks, so that a drifting machine slows all alike: by default
+two processes of one thread, which on two cores are faster than two threads of one. Only their own optimizer steps count
+as their time, on the slowest rank. The learning rate warms up over 100 steps and falls over the last quarter of the
 budget. `equal time` is an arm's held-out loss at its end less the first arm's; `equal steps` the same less that of the
 first arm given just as many steps, with its own fall of the learning rate (a branch from a snapshot, some minutes more
 for each arm). Negative is better than the first arm. `per step` and `window` are the load's max/mean over the experts
 of the worst layer in the last 100 steps: their median, and of their sum. Arms are overrides of quality_base.yaml, by
 default those of quality_arms.yaml. A seed takes the minutes of all its arms together; then its rows are written.
 
-Seeds can be run side by side, in processes of one thread: `--first-seed 1`, and then `--seeds 0 --with` their JSON.
+Seeds can be run side by side, with `--ranks 1` and `--first-seed 1`, and then `--seeds 0 --with` their JSON.
 Tables and picture are of the seeds that all arms have; `--only` chooses arms of `--with` as well.
 """
 
@@ -45,10 +46,11 @@ from benchmarks.quality_report import (
     rows_of,
     summed_up,
 )
+from benchmarks.ranks import on_ranks
 from routing.errors import UserError
 from training.config import RunConfig, load_run_config, read_yaml, validated
 from training.data.prepare import prepare
-from training.engine import Ranks, start_processes, stop_processes
+from training.engine import Ranks, main_first, start_processes, stop_processes
 
 HERE = Path(__file__).parent
 FIXED = ("seed", "run_dir", "data.corpus", "data.held_out")
@@ -126,6 +128,8 @@ def corpus_of(path: Path) -> dict[str, Any]:
 def train_together(plans: Mapping[str, Plan], ranks: Ranks, seconds: float, steps: int | None = None) -> list[Arm]:
     """Train all arms of a seed in turns, for that many seconds each, or if given steps; those that came to the end.
 
+    Collective.
+
     Raises:
         UserError: if the first one didn't.
     """
@@ -134,7 +138,9 @@ def train_together(plans: Mapping[str, Plan], ranks: Ranks, seconds: float, step
     for name, (run, course, _) in plans.items():
         with TemporaryDirectory() as folder:
             run = run.model_copy(update={"run_dir": folder})
-            arm = Arm(name, run, prepare(run.data), ranks, start, course)
+            with main_first(ranks):
+                data = prepare(run.data)
+            arm = Arm(name, run, data, ranks, start, course)
         start = start or arm.weights()
         arms.append(arm)
     first = arms[0]
@@ -142,10 +148,10 @@ def train_together(plans: Mapping[str, Plan], ranks: Ranks, seconds: float, step
         train_in_turns(arms, seconds, seconds_spent, branching=first)
     else:
         train_in_turns(arms, steps, steps_spent)
-    return finished(arms)
+    return finished(arms, ranks)
 
 
-def row_of(arm: Arm, first: Arm, plan: Plan, by_time: bool) -> Row:
+def row_of(arm: Arm, first: Arm, plan: Plan, by_time: bool, ranks: Ranks) -> Row:
     """What an arm came to, held against the first; at equal steps if all made as many (`at_equal_steps` else)."""
     per_step, window = arm.balance()
     loss, speed = arm.curve[-1].loss, arm.tokens / arm.seconds
@@ -164,6 +170,7 @@ def row_of(arm: Arm, first: Arm, plan: Plan, by_time: bool) -> Row:
         "window": window,
         "loads": arm.loads_on_the_way(),
         "curve": [tuple(point) for point in arm.curve],
+        "ranks": ranks.world,
         "threads": torch.get_num_threads(),
         "changes": plan.changes,
         "config": plan.digest(),
@@ -176,45 +183,67 @@ def at_equal_steps(row: Row, first: Arm, plans: Mapping[str, Plan]) -> float | N
     return row["loss"] - first.loss_after(row["steps"]) if mine == its else None
 
 
-def train_seeds(options: Namespace) -> list[Row]:
-    """All arms of every seed; what is done is written when a seed is trained, and after each of its branches."""
+def train_seeds(plans_by_seed: Sequence[Mapping[str, Plan]], options: Namespace, json_file: Path | None) -> None:
+    """All arms of every seed; what is done is written when a seed is trained, and after each of its branches.
+
+    Collective.
+    """
+    torch.set_num_threads(options.threads)
+    ranks = start_processes()
+    if not ranks.is_main:
+        json_file = None
     rows: list[Row] = []
     try:
-        seeds = [
-            plans_of(options.arms, options.only, options.data, options.valid, seed, options.override)
-            for seed in range(options.first_seed, options.first_seed + options.seeds)
-        ]
-        if options.keep and (apart := [name for name, plan in seeds[0].items() if plan.course.masked == "apart"]):
-            raise UserError(f"{apart[0]!r} can't be kept: no model folder knows two matrices of a router")
-        ranks = start_processes()
-        try:
-            for plans in seeds:
-                arms = train_together(plans, ranks, 60 * options.minutes, options.steps)
-                by_time, first = options.steps is None, arms[0]
-                mine = [row_of(arm, first, plans[arm.name], by_time) for arm in arms]
-                rows += mine
-                save(rows, options.json)
-                if options.keep:
-                    for arm in arms:  # before the first one branches
-                        arm.save(options.keep / f"{arm.name} {plans[arm.name].run.seed}")
-                for row in mine:
-                    if row["equal steps"] is None:
-                        row["equal steps"] = at_equal_steps(row, first, plans)
-                        save(rows, options.json)
+        for plans in plans_by_seed:
+            arms = train_together(plans, ranks, 60 * options.minutes, options.steps)
+            by_time, first = options.steps is None, arms[0]
+            mine = [row_of(arm, first, plans[arm.name], by_time, ranks) for arm in arms]
+            rows += mine
+            save(rows, json_file)
+            if options.keep:
+                for arm in arms:  # before the first one branches
+                    arm.save(options.keep / f"{arm.name} {plans[arm.name].run.seed}")
+            for row in mine:
+                if row["equal steps"] is None:
+                    row["equal steps"] = at_equal_steps(row, first, plans)
+                    save(rows, json_file)
+                if ranks.is_main:
                     tell(row)
-        finally:
-            stop_processes()
-    except UserError as error:
-        raise SystemExit(f"benchmarks.quality: {error}") from error
-    return rows
+    finally:
+        stop_processes()
 
 
 def tell(row: Row) -> None:
     print({key: value for key, value in row.items() if key not in ("loads", "curve", "changes")}, flush=True)
 
 
+def trained(options: Namespace) -> list[Row]:
+    """The rows of `train_seeds`, in this process or on ranks.
+
+    Raises:
+        UserError: for what can't be run, before anything is; or for a first arm that breaks on its way.
+    """
+    plans = [
+        plans_of(options.arms, options.only, options.data, options.valid, seed, options.override)
+        for seed in range(options.first_seed, options.first_seed + options.seeds)
+    ]
+    if options.keep and (apart := [name for name, plan in plans[0].items() if plan.course.masked == "apart"]):
+        raise UserError(f"{apart[0]!r} can't be kept: no model folder knows two matrices of a router")
+    with TemporaryDirectory() as folder:
+        file = options.json or Path(folder) / "rows.json"
+        if options.ranks == 1:
+            train_seeds(plans, options, file)
+        else:
+            on_ranks(options.ranks, train_seeds, plans, options, file)
+        return rows_of(str(file))
+
+
 def main(words: Sequence[str] | None = None) -> None:
-    parser = arguments(__doc__, threads=2)
+    parser = arguments(__doc__)
+    ranks = 1 if torch.cuda.is_available() else 2
+    parser.add_argument(
+        "--ranks", type=at_least_one, default=ranks, help=f"processes, of --threads each, that train (default {ranks})"
+    )
     parser.add_argument("--data", type=Path, help="training text: a file, or a folder of .txt files")
     parser.add_argument("--valid", type=Path, help="held-out text")
     budget = parser.add_mutually_exclusive_group()
@@ -246,11 +275,9 @@ def main(words: Sequence[str] | None = None) -> None:
     if options.json and options.json.exists():
         parser.error(f"{options.json} is there already; name another file for --json, or show it with --with")
     others = [row for rows in options.others for row in rows]
-    torch.set_num_threads(options.threads)
-    rows = train_seeds(options) if options.seeds else []
-    rows += others  # only now that its own are written
-    save(rows, options.json)
     try:
+        rows = (trained(options) if options.seeds else []) + others  # only now that its own are written
+        save(rows, options.json)
         refuse_unlike(rows)
         names = options.only
         if names and options.seeds:  # of which one may have broken on its way

@@ -23,7 +23,7 @@ from routing.errors import UserError
 from training.config import RunConfig, StableSchedule
 from training.data.position import Position
 from training.data.prepare import PreparedData
-from training.engine import Ranks, set_learning_rate
+from training.engine import Ranks, gather_over_ranks, set_learning_rate
 from training.objective import MaskedLMObjective
 from training.pretrain import assemble
 from training.step import NonFiniteLoss, train_step
@@ -137,7 +137,10 @@ class Arm:
         return {name: tensor.clone() for name, tensor in self._parts.engine.module.state_dict().items()}
 
     def train(self, share: float) -> float:
-        """One optimizer step at the learning rate of that share of the budget; its seconds."""
+        """One optimizer step at the learning rate of that share of the budget; its seconds on the slowest rank.
+
+        Collective.
+        """
         begin = time.perf_counter()
         if self._upcycling and share >= self._upcycling.at:
             self._upcycle(self._upcycling)
@@ -148,7 +151,8 @@ class Arm:
         batches = self._parts.stream.next_step()
         with self._counting():
             result = train_step(self._parts.engine, batches, self._objective, self._ranks, self.step)
-        took = time.perf_counter() - begin
+        mine = torch.tensor([time.perf_counter() - begin], dtype=torch.float64)
+        took = max(float(seconds) for seconds in gather_over_ranks(mine, self._ranks))
         self.step += 1
         self.tokens += result.tokens
         self.seconds += took
@@ -198,12 +202,15 @@ class Arm:
 
     def save(self, folder: Path) -> None:
         """As a model folder, for `moe finetune` and the like."""
-        save_pretrained(self._parts.engine.module, folder, self._data.tokenizer.to_str())
+        if self._ranks.is_main:
+            save_pretrained(self._parts.engine.module, folder, self._data.tokenizer.to_str())
 
     def evaluate(self) -> Point:
-        """Held-out loss here; not counted in the arm's time."""
+        """Held-out loss here; not counted in the arm's time. Collective."""
         point = Point(self.seconds, self.step, self._parts.evaluate().loss)
-        print(f"{self.name}: {point.seconds:.0f} s, step {point.step}, {point.loss:.4f}", file=sys.stderr, flush=True)
+        if self._ranks.is_main:
+            told = f"{self.name}: {point.seconds:.0f} s, step {point.step}, {point.loss:.4f}"
+            print(told, file=sys.stderr, flush=True)
         self.curve.append(point)
         return point
 
@@ -287,7 +294,7 @@ def train_in_turns(
 ) -> None:
     """Train each arm for a budget of its own, a few seconds at a time, so that a drifting machine slows all alike.
 
-    An arm whose loss is no number any more ends there, and says so in `failed`; the others go on.
+    Collective. An arm whose loss is no number any more ends there, and says so in `failed`; the others go on.
 
     Args:
         budget: of each, as `spent` counts it.
@@ -314,7 +321,7 @@ def train_in_turns(
                 running.remove(arm)
 
 
-def finished(arms: Sequence[Arm]) -> list[Arm]:
+def finished(arms: Sequence[Arm], ranks: Ranks) -> list[Arm]:
     """Those that came to the end; of the others it is told why not.
 
     Raises:
@@ -325,7 +332,7 @@ def finished(arms: Sequence[Arm]) -> list[Arm]:
             f"{arms[0].name!r}, which the others are held against, came to {arms[0].failed}; lower its learning rate"
         )
     for arm in arms:
-        if arm.failed:
+        if arm.failed and ranks.is_main:
             print(f"{arm.name!r} is left out: it came to {arm.failed}", file=sys.stderr, flush=True)
     return [arm for arm in arms if not arm.failed]
 

@@ -29,6 +29,7 @@ COLUMNS = (
     "window",
     "loads",
     "curve",
+    "ranks",
     "threads",
     "changes",
     "config",
@@ -68,10 +69,10 @@ def refuse_unlike(rows: Sequence[Row]) -> None:
             raise UserError(f"{name!r} with seed {seed} is there twice; name each run once")
         seen.add((name, seed))
         one = alike.setdefault(name, row)
-        if (row["config"], row["threads"]) != (one["config"], one["threads"]):
+        if any(row[column] != one[column] for column in ("config", "ranks", "threads")):
             raise UserError(
-                f"{name!r} wasn't the same with seed {one['seed']} and seed {seed}: its config or threads differ; "
-                "show them apart"
+                f"{name!r} wasn't the same with seed {one['seed']} and seed {seed}: its config, ranks or threads "
+                "differ; show them apart"
             )
         if is_first(row) and first.setdefault(seed, name) != name:
             raise UserError(

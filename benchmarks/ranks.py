@@ -3,10 +3,12 @@
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch.multiprocessing import spawn
+from torch.multiprocessing import ProcessExitedException, spawn
 
 from routing.errors import UserError
 from training.cli import leave
@@ -20,7 +22,7 @@ def on_ranks(world: int, work: Callable[..., None], *arguments: Any) -> None:
 
     Raises:
         ProcessRaisedException: with the traceback of the first process that failed; the others are ended.
-        UserError: if there are fewer GPUs than processes, though there are some.
+        UserError: a process's own; or if there are fewer GPUs than processes, though there are some.
     """
     gpus = torch.cuda.device_count()
     if gpus and world > gpus:
@@ -28,12 +30,25 @@ def on_ranks(world: int, work: Callable[..., None], *arguments: Any) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    spawn(_rank, (world, port, work, arguments), nprocs=world)
+    with TemporaryDirectory() as folder:
+        refused = Path(folder) / "refused.txt"
+        try:
+            spawn(_rank, (world, port, refused, work, arguments), nprocs=world)
+        except ProcessExitedException:
+            if refused.exists():
+                raise UserError(refused.read_text(encoding="utf-8")) from None
+            raise
 
 
-def _rank(rank: int, world: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, world: int, port: int, refused: Path, work: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    work(*arguments)
+    try:
+        work(*arguments)
+    except UserError as error:
+        refused.write_text(str(error), encoding="utf-8")
+        leave(2)
     leave(0)

@@ -42,7 +42,7 @@ def test_a_whole_small_comparison(
 ) -> None:
     monkeypatch.setattr(quality, "stop_processes", lambda: None)  # other tests' engines know this process's group
     (tmp_path / "arms.yaml").write_text(json.dumps(ARMS))
-    words = ["--data", str(text), "--valid", str(text), "--arms", str(tmp_path / "arms.yaml"), "--threads", "1"]
+    words = ["--data", str(text), "--valid", str(text), "--arms", str(tmp_path / "arms.yaml"), "--ranks", "1"]
     words += ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "plot.png"), "--seeds", "2"]
     words += ["--minutes", "0.01", "--keep", str(tmp_path / "kept")]
     words += [f"--override={each}" for each in small(text)[2:]]
@@ -66,7 +66,7 @@ def test_a_whole_small_comparison(
         first = next(each for each in rows if each["seed"] == row["seed"])
         assert row["equal time"] == row["loss"] - first["loss"]
         assert row["speed"] == row["tokens per second"] / first["tokens per second"]
-        assert row["threads"] == 1
+        assert row["ranks"] == row["threads"] == 1
         assert row["changes"]["train.step_tokens"] == "256"
         assert row["config"] == rows[list(ARMS).index(row["contender"])]["config"]  # whatever the seed
         assert (row["window"] is None) == (row["contender"] == "dense")
@@ -101,6 +101,47 @@ def test_a_whole_small_comparison(
     assert [len(from_pretrained(path).encoder.routers()) for path in models.values()] == [0, 2, 1]
 
 
+def test_ranks_train_as_one_process_does(
+    text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "stop_processes", lambda: None)  # other tests' engines know this process's group
+    (tmp_path / "arms.yaml").write_text(json.dumps(ARMS))
+    words = ["--data", str(text), "--valid", str(text), "--arms", str(tmp_path / "arms.yaml"), "--steps", "4"]
+    words += ["--keep", str(tmp_path / "kept"), *(f"--override={each}" for each in small(text)[2:])]
+    found = []
+    for ranks in ("1", "2"):
+        quality.main([*words, "--ranks", ranks, "--json", str(tmp_path / f"{ranks}.json")])
+        told = capfd.readouterr()
+        assert (
+            told.out.count("'contender': 'upcycled'") == told.err.count("upcycled: 0 s, step 0") == 1
+        )  # by one of them
+        found.append(json.loads((tmp_path / f"{ranks}.json").read_text()))
+    for alone, together in zip(*found, strict=True):
+        assert (alone["ranks"], together["ranks"]) == (1, 2)
+        assert (together["steps"], together["threads"]) == (4, 1)
+        assert together["loss"] == pytest.approx(alone["loss"], abs=2e-4)
+        assert together["loads"] == pytest.approx(alone["loads"])
+        assert together["config"] == alone["config"]
+
+
+def test_ranks_take_as_long_as_the_slowest_and_go_on_together(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "arms.yaml").write_text(json.dumps(ARMS))
+    words = ["--data", str(text), "--valid", str(text), "--arms", str(tmp_path / "arms.yaml"), "--minutes", "0.01"]
+    words += ["--ranks", "2", "--json", str(tmp_path / "rows.json")]
+    quality.main([*words, *(f"--override={each}" for each in small(text)[2:])])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["contender"] for row in rows] == [*ARMS]
+    assert all(row["curve"][-1][0] >= 0.6 and row["equal steps"] is not None for row in rows)
+
+
+def test_a_first_arm_that_breaks_on_ranks_is_told(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "arms.yaml").write_text(json.dumps({"too fast": {"optimizer.lr": 1e30}}))
+    words = ["--data", str(text), "--valid", str(text), "--arms", str(tmp_path / "arms.yaml"), "--steps", "4"]
+    words += [f"--override={each}" for each in (*small(text)[2:], "optimizer.schedule.warmup=0")]
+    with pytest.raises(SystemExit, match=r"benchmarks.quality: 'too fast', which the others are held against, came to"):
+        quality.main([*words, "--ranks", "2"])
+
+
 def test_an_arm_that_breaks_is_left_out(
     text: Path, ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +153,7 @@ def test_an_arm_that_breaks_is_left_out(
     assert (found.name, found.step) == ("dense", 4)
     assert "'too fast' is left out: it came to " in capsys.readouterr().err
     monkeypatch.setattr(quality, "stop_processes", lambda: None)  # other tests' engines know this process's group
-    words = ["--data", str(text), "--valid", str(text), "--arms", str(tmp_path / "arms.yaml"), "--threads", "1"]
+    words = ["--data", str(text), "--valid", str(text), "--arms", str(tmp_path / "arms.yaml"), "--ranks", "1"]
     quality.main([*words, "--steps", "4", "--only", "dense", "too fast", *(f"--override={each}" for each in more)])
     assert "4 steps of training" in capsys.readouterr().out
     plans = quality.plans_of(tmp_path / "arms.yaml", ["too fast"], text, text, 0, more)

@@ -30,6 +30,7 @@ def row(seed: int, **given: Any) -> dict[str, Any]:
             "window": 1.1,
             "loads": [2.0 + seed, 1.5, 1.2],
             "curve": curve,
+            "ranks": 1,
             "threads": 1,
             "config": "one",
         }
@@ -111,7 +112,7 @@ def test_runs_that_have_no_mean_are_refused() -> None:
     with pytest.raises(UserError, match="or one had steps and another minutes"):
         quality_report.refuse_unlike([row(0), row(1, **{"equal time": None})])
     with pytest.raises(
-        UserError, match="'routed' wasn't the same with seed 0 and seed 1: its config or threads differ"
+        UserError, match="'routed' wasn't the same with seed 0 and seed 1: its config, ranks or threads differ"
     ):
         quality_report.refuse_unlike([row(0), row(1, config="other")])
     with pytest.raises(UserError, match="'routed' wasn't the same"):
