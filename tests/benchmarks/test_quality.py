@@ -112,9 +112,8 @@ def test_ranks_train_as_one_process_does(
     for ranks in ("1", "2"):
         quality.main([*words, "--ranks", ranks, "--json", str(tmp_path / f"{ranks}.json")])
         told = capfd.readouterr()
-        assert (
-            told.out.count("'contender': 'upcycled'") == told.err.count("upcycled: 0 s, step 0") == 1
-        )  # by one of them
+        # One of them tells.
+        assert told.out.count("'contender': 'upcycled'") == told.err.count("upcycled: 0 s, step 0") == 1
         found.append(json.loads((tmp_path / f"{ranks}.json").read_text()))
     for alone, together in zip(*found, strict=True):
         assert (alone["ranks"], together["ranks"]) == (1, 2)
