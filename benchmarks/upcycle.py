@@ -90,7 +90,7 @@ def rows_of(arms: Sequence[Arm]) -> list[Row]:
     return rows
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of a dense model, with tokenizer.json")
     parser.add_argument("--data", type=Path, required=True, help="text: a file, or a folder of .txt files")
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--layers", default="every:2:1", help="that are upcycled (default every:2:1)")
     parser.add_argument("--lr", type=float, default=3e-4, help="highest learning rate (default 3e-4)")
     parser.add_argument("--plot", type=writable_picture, help="draw held-out loss against time and steps")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
     try:
         dense, tokenizer = read_dense(options.model), options.model / TOKENIZER
@@ -114,7 +114,7 @@ def main() -> None:
         ranks = start_processes()
         arms = [start_arm(name, model, runs[name], ranks) for name, model in models.items()]
         train_in_turns(arms, 60 * options.minutes)
-        arms = finished(arms)
+        arms = finished(arms, ranks)
         stop_processes()
     except UserError as error:
         raise SystemExit(f"benchmarks.upcycle: {error}") from error

@@ -1,11 +1,21 @@
 """Arms that a dense checkpoint is trained on as: the same start, the same time, in turns."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 import moe
-from benchmarks.quality_arm import Point, train_in_turns
+from benchmarks import upcycle
+from benchmarks.quality import HERE
+from benchmarks.quality_arm import Arm, Point, train_in_turns
 from benchmarks.upcycle import routed_arms, rows_of
 from moe import EncoderConfig, MaskedLM
+from tests.benchmarks.conftest import small
+from training.config import load_run_config
+from training.data.prepare import prepare
+from training.engine import Ranks
 
 
 class Clock:
@@ -51,3 +61,15 @@ def test_every_routed_arm_starts_with_the_dense_outputs() -> None:
     for config in routed_arms(experts=3, layers="every:2:1").values():
         assert config.why_inexact(dense.config) == []
         assert [block.feed_forward.kind for block in moe.upcycle(dense, config).config.blocks()] == ["dense", "experts"]
+
+
+def test_a_whole_small_comparison(text: Path, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = load_run_config(HERE / "quality_base.yaml", small(text, f"run_dir={tmp_path}"))
+    Arm("dense", run, prepare(run.data), ranks, {}).save(tmp_path / "dense")
+    monkeypatch.setattr(upcycle, "stop_processes", lambda: None)  # other tests' engines know this process's group
+    words = ["--model", str(tmp_path / "dense"), "--data", str(text), "--minutes", "0.005", "--experts", "2"]
+    upcycle.main([*words, "--json", str(tmp_path / "rows.json")])
+    dense, *routed = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["contender"] for row in routed] == ["2 copies, top 2", "2 copies in 4 slices, top 4"]
+    assert all(row["start"] == pytest.approx(dense["start"], abs=1e-2) for row in routed)  # of bfloat16 products
+    assert all(row["curve"][-1][0] >= 0.3 and row["steps"] > 0 for row in (dense, *routed))
