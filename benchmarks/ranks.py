@@ -44,7 +44,7 @@ def on_ranks(world: int, work: Callable[..., None], *arguments: Any) -> None:
 def _rank(
     rank: int, world: int, port: int, refused: Path, work: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
-    end_with_parent()
+    end_with_parent()  # torch has SIGINT sent, which what a shell runs in the background ignores
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
