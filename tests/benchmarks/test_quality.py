@@ -24,6 +24,13 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
+def command(folder: Path, text: Path, arms: dict[str, Any], *more: str) -> list[str]:
+    """Words that compare small arms."""
+    (folder / "arms.yaml").write_text(json.dumps(arms))
+    words = ["--data", str(text), "--valid", str(text), "--arms", str(folder / "arms.yaml"), *more]
+    return [*words, *(f"--override={each}" for each in small(text)[2:])]
+
+
 def test_arms_start_alike_as_far_as_they_are(
     text: Path, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,11 +48,9 @@ def test_a_whole_small_comparison(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quality, "stop_processes", lambda: None)  # other tests' engines know this process's group
-    (tmp_path / "arms.yaml").write_text(json.dumps(ARMS))
-    words = ["--data", str(text), "--valid", str(text), "--arms", str(tmp_path / "arms.yaml"), "--ranks", "1"]
-    words += ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "plot.png"), "--seeds", "2"]
-    words += ["--minutes", "0.01", "--keep", str(tmp_path / "kept")]
-    words += [f"--override={each}" for each in small(text)[2:]]
+    words = command(tmp_path, text, ARMS, "--ranks", "1", "--seeds", "2", "--minutes", "0.01")
+    words += ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "plot.png")]
+    words += ["--keep", str(tmp_path / "kept")]
     branches: list[tuple[int, float]] = []
     branch = Arm.loss_after
 
@@ -105,9 +110,7 @@ def test_ranks_train_as_one_process_does(
     text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quality, "stop_processes", lambda: None)  # other tests' engines know this process's group
-    (tmp_path / "arms.yaml").write_text(json.dumps(ARMS))
-    words = ["--data", str(text), "--valid", str(text), "--arms", str(tmp_path / "arms.yaml"), "--steps", "4"]
-    words += ["--keep", str(tmp_path / "kept"), *(f"--override={each}" for each in small(text)[2:])]
+    words = command(tmp_path, text, ARMS, "--steps", "4", "--keep", str(tmp_path / "kept"))
     found = []
     for ranks in ("1", "2"):
         quality.main([*words, "--ranks", ranks, "--json", str(tmp_path / f"{ranks}.json")])
@@ -123,22 +126,19 @@ def test_ranks_train_as_one_process_does(
         assert together["config"] == alone["config"]
 
 
-def test_ranks_take_as_long_as_the_slowest_and_go_on_together(text: Path, tmp_path: Path) -> None:
-    (tmp_path / "arms.yaml").write_text(json.dumps(ARMS))
-    words = ["--data", str(text), "--valid", str(text), "--arms", str(tmp_path / "arms.yaml"), "--minutes", "0.01"]
-    words += ["--ranks", "2", "--json", str(tmp_path / "rows.json")]
-    quality.main([*words, *(f"--override={each}" for each in small(text)[2:])])
+def test_ranks_train_for_a_time_and_branch(text: Path, tmp_path: Path) -> None:
+    words = command(tmp_path, text, ARMS, "--minutes", "0.01", "--ranks", "2")
+    quality.main([*words, "--json", str(tmp_path / "rows.json")])
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["contender"] for row in rows] == [*ARMS]
     assert all(row["curve"][-1][0] >= 0.6 and row["equal steps"] is not None for row in rows)
 
 
 def test_a_first_arm_that_breaks_on_ranks_is_told(text: Path, tmp_path: Path) -> None:
-    (tmp_path / "arms.yaml").write_text(json.dumps({"too fast": {"optimizer.lr": 1e30}}))
-    words = ["--data", str(text), "--valid", str(text), "--arms", str(tmp_path / "arms.yaml"), "--steps", "4"]
-    words += [f"--override={each}" for each in (*small(text)[2:], "optimizer.schedule.warmup=0")]
+    arms = {"too fast": {"optimizer.lr": 1e30, "optimizer.schedule.warmup": 0}}
+    words = command(tmp_path, text, arms, "--steps", "4", "--ranks", "2")
     with pytest.raises(SystemExit, match=r"benchmarks.quality: 'too fast', which the others are held against, came to"):
-        quality.main([*words, "--ranks", "2"])
+        quality.main(words)
 
 
 def test_an_arm_that_breaks_is_left_out(

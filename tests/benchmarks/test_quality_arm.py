@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import quality_arm
 from benchmarks.quality import HERE
 from benchmarks.quality_arm import (
     Arm,
@@ -44,6 +45,15 @@ def test_a_branch_is_the_run_that_had_that_budget(text: Path, tmp_path: Path, ra
     assert long.loss_after(8) == short.curve[-1].loss
     assert long.loss_after(24) == long.curve[-1].loss  # another one, from where it should start
     assert long.loss_after(30) == longer.curve[-1].loss  # of more steps than its own, from before its rate fell
+
+
+def test_a_step_takes_as_long_as_on_the_slowest_rank(
+    text: Path, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm = arm_of(tmp_path, ranks, small(text))
+    monkeypatch.setattr(quality_arm, "gather_over_ranks", lambda mine, _: [mine, mine + 50.0, mine])
+    took = arm.train(0.0)
+    assert took == arm.seconds > 50
 
 
 def test_the_rate_warms_up_in_steps_and_falls_in_shares_of_the_budget(text: Path, tmp_path: Path, ranks: Ranks) -> None:
