@@ -21,6 +21,8 @@ from routing.config import (
 )
 from routing.learned import straight_through
 from routing.losses import (
+    LOSSES_OF_CHOICES,
+    LOSSES_OF_COUNTS,
     RoutingTotals,
     balance_loss,
     entropy_loss,
@@ -47,6 +49,8 @@ from routing.stats import RoutingReport, add_stats, load, max_over_mean, report,
 from routing.types import Routing, RoutingStats, Tokens
 
 __all__ = [
+    "LOSSES_OF_CHOICES",
+    "LOSSES_OF_COUNTS",
     "CapacityConfig",
     "CentringConfig",
     "Config",

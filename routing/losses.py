@@ -5,6 +5,7 @@ shares of all ranks and micro-batches add up to the loss, and their gradients to
 is the whole set. None is scaled by its coefficient, except in `routing_loss`.
 """
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,9 @@ class RoutingTotals(NamedTuple):
     prob_sum: Tensor  # [E] float32
     tokens: Tensor  # [] int64
     sequences: Tensor  # [] int64
+
+
+Loss = Callable[[RoutingStats, RoutingTotals | None], Tensor]
 
 
 def totals_of(stats: RoutingStats) -> RoutingTotals:
@@ -107,26 +111,28 @@ def sequence_balance_loss(stats: RoutingStats, totals: RoutingTotals | None = No
     return stats.sequence_balance_sum / totals.sequences.clamp(min=1)
 
 
-LOSSES = {
-    "balance": balance_loss,
-    "z": z_loss,
-    "importance": importance_loss,
-    "entropy": entropy_loss,
-    "sequence_balance": sequence_balance_loss,
-}
+# Of the totals these need no more than counts, which are known before a forward pass;
+LOSSES_OF_COUNTS: dict[str, Loss] = {"z": z_loss, "entropy": entropy_loss, "sequence_balance": sequence_balance_loss}
+# these need what all shards' tokens choose. Their gradient goes through `prob_sum` alone.
+LOSSES_OF_CHOICES: dict[str, Loss] = {"balance": balance_loss, "importance": importance_loss}
+LOSSES = LOSSES_OF_CHOICES | LOSSES_OF_COUNTS
 
 
 def routing_loss(
-    stats: RoutingStats, config: RoutingLossConfig, totals: RoutingTotals | None = None, step: int = 0
+    stats: RoutingStats,
+    config: RoutingLossConfig,
+    totals: RoutingTotals | None = None,
+    step: int = 0,
+    losses: Mapping[str, Loss] = LOSSES,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum of one router's losses, each times its coefficient at `step`.
+    """Sum of one router's losses, or of some of them, each times its coefficient at `step`.
 
     Returns:
         The loss `[]`, and the losses whose coefficient is configured, detached and unscaled.
     """
     total = stats.prob_sum.new_zeros(())
     parts = {}
-    for name, loss in LOSSES.items():
+    for name, loss in losses.items():
         coefficient = getattr(config, name)
         if coefficient != 0:
             value = loss(stats, totals)

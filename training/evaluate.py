@@ -10,7 +10,8 @@ from routing import RoutingStats
 from training.engine import Ranks, max_over_ranks
 from training.inspection.live import Seen
 from training.objective import BatchT, Objective, OutputT
-from training.step import NonFiniteLoss, reduce_over_ranks, sum_routing
+from training.pending import PendingReport, Report, add_reports, on_cpu
+from training.step import NonFiniteLoss
 
 
 class Evaluation(NamedTuple):
@@ -47,13 +48,14 @@ def evaluate(
         output = objective.forward(engine, batch, ranks.device)
         totals["loss"] += objective.target_loss(output, batch).double().cpu()
         totals["weight"] += objective.weight(batch)
-        routing.append(output.routing)
+        routing.append(Report({}, output.routing))
         if look:
             look(output, batch)
     engine.train()
     totals = {name: total.to(ranks.device) for name, total in totals.items()}
-    values, stats = reduce_over_ranks(totals, sum_routing(routing))
-    loss = values["loss"] / (values["weight"] or 1.0)
+    own = Report(totals, add_reports(routing).routing if routing else {})
+    values, stats = on_cpu(PendingReport(own).wait())
+    loss = float(values["loss"]) / (float(values["weight"]) or 1.0)
     if not isfinite(loss):
         raise NonFiniteLoss(f"held-out loss = {loss}")
     return Evaluation(loss, stats)

@@ -1,6 +1,5 @@
 """What a step minimises. Losses are sums over targets, divided by the whole step's count."""
 
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -9,7 +8,7 @@ from torch.nn import functional as F
 
 from moe.batch import PackedBatch, pack_lengths, to_device
 from moe.heads import MaskedLMOutput
-from routing import RoutingLossConfig, RoutingStats, RoutingTotals, routing_loss
+from routing import RoutingLossConfig, RoutingStats
 from routing.sequences import sequence_of_token
 from training.config import ObjectiveConfig
 from training.data.packing import MaskedBatch
@@ -135,39 +134,3 @@ class MaskedLMObjective(NamedTuple):
         }
         counts = none.index_add(0, owner, torch.ones_like(owner, dtype=none.dtype))
         return stopping_loss(output.stops, losses, counts, self.config.exits.layer_price, self.depth)
-
-
-def share_of_loss(
-    summed: Summed,
-    routing: Mapping[str, RoutingStats],
-    step_weight: Tensor,
-    losses: Mapping[str, RoutingLossConfig],
-    totals: Mapping[str, RoutingTotals],
-    step: int,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """One micro-batch's share of the step's loss.
-
-    Summed over the step's micro-batches and ranks, the shares give the mean loss over targets plus, for every router,
-    its losses times their coefficients. How exact that is for each of them says `routing.losses`.
-
-    Args:
-        summed: the micro-batch's own loss.
-        routing: its statistics.
-        step_weight: `[]`, what the step's targets count, over all micro-batches and ranks.
-        losses: each router's coefficients, by the name of its statistics.
-        totals: each router's totals.
-        step: 0-based, for coefficients that change.
-
-    Returns:
-        The share `[]` float32 with its graph, and its parts, detached and without coefficients: those of `summed`, and
-        each routing loss that is configured, summed over routers.
-    """
-    weight = torch.where(step_weight > 0, step_weight, 1).float()  # without targets the sum is 0
-    loss = summed.loss / weight
-    parts = {name: part / weight for name, part in summed.parts.items()}
-    for name, stats in routing.items():
-        share, shares = routing_loss(stats, losses[name], totals[name], step)
-        loss = loss + share
-        for part, value in shares.items():
-            parts[part] = parts.get(part, torch.zeros_like(value)) + value
-    return loss, parts

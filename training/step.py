@@ -1,6 +1,11 @@
-"""One optimizer step: one gradient, however its batch is cut into ranks and micro-batches."""
+"""One optimizer step: one gradient, however its batch is cut into ranks and micro-batches.
 
-from collections.abc import Mapping, Sequence
+Ranks wait for each other as little as can be. What they tell each other is summed in the background: the step's counts
+during the first forward pass, a micro-batch's loss and statistics during its backward pass.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -10,9 +15,18 @@ from torch import Tensor
 from moe.depth import Count
 from moe.heads import MaskedLM
 from moe.tasks.model import TaskModel
-from routing import RoutingStats, RoutingTotals, Tokens, add_stats, updated_buffers
-from training.engine import Ranks, step_and_norm, sum_over_ranks
-from training.objective import BatchT, Objective, OutputT, share_of_loss
+from routing import RoutingStats, RoutingTotals, Tokens, updated_buffers
+from training.engine import Ranks, step_and_norm
+from training.objective import BatchT, Objective, OutputT
+from training.pending import PendingReport, PendingSum, Report, add_reports, on_cpu
+from training.share import (
+    Configs,
+    Totals,
+    has_losses_of_choices,
+    loss_of_choices,
+    share_of_loss,
+    with_gradient_of_choices,
+)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -62,63 +76,42 @@ def train_step(
             finite loss is known only after the update.
     """
     model = engine.module
-    counts = _count(model, batches, objective, stop_requested, ranks)
+    counting = _count(model, batches, objective, stop_requested, ranks)
     routers = model.routers()
-    losses = {name: objective.routing_losses(router.config.losses) for name, router in routers.items()}
-    step_totals = None
-    if objective.routing_totals == "step" and len(batches) > 1:
-        step_totals = _totals(_route_only(engine, batches, objective, ranks), counts)
-    parts: dict[str, Tensor] = {}
-    routing: list[dict[str, RoutingStats]] = []
+    configs = {name: objective.routing_losses(router.config.losses) for name, router in routers.items()}
+    in_advance = None
+    if objective.routing_totals == "step" and len(batches) > 1 and any(map(has_losses_of_choices, configs.values())):
+        in_advance = _route_only(engine, batches, objective, ranks)
+    reports: list[PendingReport] = []
     for i, batch in enumerate(batches):
         output = objective.forward(engine, batch, ranks.device)
-        totals = step_totals or _totals(output.routing, counts)
         summed = objective.summed(output, batch, step)
-        loss, shares = share_of_loss(summed, output.routing, counts.weight, losses, totals, step)
-        routing.append(sum_routing([output.routing]))
-        del output, summed  # logits, and the graph of statistics that no loss uses, needn't outlast forward
+        counts = counting()
+        loss, parts = share_of_loss(summed, output.routing, counts.weight, configs, counts.routed, step)
+        report = PendingReport(Report(parts | {"total": loss}, output.routing))
+        reports.append(report)
+        totals = partial(_totals, in_advance or report, counts)
         # The engine averages over ranks; the step's loss is the sum of the ranks' shares.
-        engine.backward(loss * ranks.world, scale_wrt_gas=False)
-        shares["total"] = loss.detach()
-        parts = {name: share + parts.get(name, 0.0) for name, share in shares.items()}
+        loss = with_gradient_of_choices(loss * ranks.world, output.routing, configs, totals, step, ranks.world)
+        del output, summed  # logits, and the graph of statistics that no loss uses, needn't outlast forward
+        engine.backward(loss, scale_wrt_gas=False)
         if i < len(batches) - 1:
             engine.step()
-    values, stats = reduce_over_ranks(parts, sum_routing(routing))
+    counts = counting()
+    whole = on_cpu(add_reports([_completed(report, in_advance, configs, counts, step) for report in reports]))
+    values = {name: float(part) for name, part in whole.parts.items()}
     if not all(isfinite(value) for value in values.values()):
         raise NonFiniteLoss(", ".join(f"{name} = {value}" for name, value in values.items()))
     norm = step_and_norm(engine)
     if not isfinite(norm):
         raise NonFiniteLoss(f"gradient norm = {norm}")
     for name, router in routers.items():
-        for buffer, value in updated_buffers(router, stats[name], step):
+        for buffer, value in updated_buffers(router, whole.routing[name], step):
             buffer.copy_(value)
     skips = model.encoder.stochastic_depth
     if skips is not None:
         skips.noise_state.copy_(skips.updated())
-    return StepResult(values, norm, int(counts.tokens), stats, bool(counts.stops))
-
-
-def sum_routing(routings: Sequence[Mapping[str, RoutingStats]]) -> dict[str, RoutingStats]:
-    """Statistics of several forward passes as if they had been one, detached."""
-    names = routings[0] if routings else ()
-    return {name: add_stats([routing[name] for routing in routings]) for name in names}
-
-
-def reduce_over_ranks(
-    parts: Mapping[str, Tensor], routing: Mapping[str, RoutingStats]
-) -> tuple[dict[str, float], dict[str, RoutingStats]]:
-    """Sum loss parts and statistics over ranks, in one message; statistics come back on the CPU.
-
-    float64 carries counts exactly up to 2^53.
-    """
-    fields = [*parts.values(), *(field for stats in routing.values() for field in stats)]
-    if not fields:
-        return {}, {}
-    flat = torch.cat([field.detach().reshape(-1).double() for field in fields])
-    pieces = sum_over_ranks(flat).cpu().split([field.numel() for field in fields])
-    restored = iter(piece.view(field.shape).to(field.dtype) for piece, field in zip(pieces, fields, strict=True))
-    values = {name: float(next(restored)) for name in parts}
-    return values, {name: RoutingStats(*(next(restored) for _ in stats)) for name, stats in routing.items()}
+    return StepResult(values, norm, int(counts.tokens), whole.routing, bool(counts.stops))
 
 
 def _count(
@@ -127,7 +120,8 @@ def _count(
     objective: Objective[BatchT, OutputT],
     stop_requested: bool,
     ranks: Ranks,
-) -> StepCounts:
+) -> Callable[[], StepCounts]:
+    """Tell the other ranks what is here; the call waits for what there is in all."""
     mine = [
         sum(objective.weight(b) for b in batches),
         sum(len(b.input_ids) for b in batches),
@@ -136,27 +130,39 @@ def _count(
     names = list(model.routers())
     routed = [model.counts(Tokens(b.input_ids, b.batch.cu_seqlens)) for b in batches]
     mine += [sum(int(n) for n in ns) for name in names for ns in zip(*(counts[name] for counts in routed), strict=True)]
-    weight, *summed = sum_over_ranks(torch.tensor(mine, dtype=torch.float64, device=ranks.device)).unbind()
-    tokens, stops, *pairs = (count.long() for count in summed)
-    return StepCounts(weight, tokens, stops, dict(zip(names, map(Count, pairs[::2], pairs[1::2]), strict=True)))
+    pending = PendingSum(torch.tensor(mine, dtype=torch.float64, device=ranks.device))
+
+    def counted() -> StepCounts:
+        weight, *summed = pending.wait().unbind()
+        tokens, stops, *pairs = (count.long() for count in summed)
+        return StepCounts(weight, tokens, stops, dict(zip(names, map(Count, pairs[::2], pairs[1::2]), strict=True)))
+
+    return counted
 
 
-def _totals(routing: Mapping[str, RoutingStats], counts: StepCounts) -> dict[str, RoutingTotals]:
-    """Each router's assignments and probabilities, summed over ranks in one message, beside its counts of the step."""
-    if not routing:
-        return {}
-    fields = [torch.stack([stats.assigned.double(), stats.prob_sum.detach().double()]) for stats in routing.values()]
-    pieces = sum_over_ranks(torch.cat(fields, dim=1)).split([field.shape[1] for field in fields], dim=1)
+def _totals(told: PendingReport, counts: StepCounts) -> Totals:
+    """Of each router what all ranks' tokens chose, beside its counts of the step."""
     return {
-        name: RoutingTotals(assigned.long(), prob_sum.float(), *counts.routed[name])
-        for name, (assigned, prob_sum) in zip(routing, pieces, strict=True)
+        name: RoutingTotals(stats.assigned, stats.prob_sum, *counts.routed[name])
+        for name, stats in told.wait().routing.items()
     }
+
+
+def _completed(
+    micro_batch: PendingReport, in_advance: PendingReport | None, configs: Configs, counts: StepCounts, step: int
+) -> Report:
+    """Of all ranks' micro-batches, with the half of the loss that wasn't known before its backward pass."""
+    (parts, routing), totals = micro_batch.wait(), _totals(in_advance or micro_batch, counts)
+    loss, of_choices = loss_of_choices(routing, configs, totals, step)
+    first_half = {name: part for name, part in parts.items() if name != "total"}
+    return Report(first_half | of_choices | {"total": parts["total"] + loss}, routing)
 
 
 def _route_only(
     engine: Any, batches: Sequence[BatchT], objective: Objective[BatchT, OutputT], ranks: Ranks
-) -> dict[str, RoutingStats]:
+) -> PendingReport:
     """What the routers will choose in this step: its forward passes, made in advance with the same random numbers."""
     devices = [ranks.device] if ranks.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
-        return sum_routing([objective.forward(engine, batch, ranks.device).routing for batch in batches])
+        own = [Report({}, objective.forward(engine, batch, ranks.device).routing) for batch in batches]
+    return PendingReport(add_reports(own))

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from moe.batch import pack_lengths
+from moe.depth import Count
 from moe.heads import MaskedLMOutput
 from routing import RoutingLossConfig, RoutingStats, RoutingTotals
 from training.config import ObjectiveConfig
 from training.data.packing import MaskedBatch
 from training.exit_objective import JointConfig
-from training.objective import MaskedLMObjective, share_of_loss
+from training.objective import MaskedLMObjective
+from training.share import loss_of_choices, share_of_loss
 
 LOSSES = RoutingLossConfig(balance=0.5, z=0.25)
 
@@ -34,15 +36,17 @@ def stats(prob_sum: list[float], assigned: list[int], lse_sq_sum: float, tokens:
 def share(
     output: MaskedLMOutput, targets: Tensor, step_targets: int, step_tokens: int, assigned: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The objective's share where the step has so many targets and tokens, and these assignments."""
+    """Both halves of the objective's share, where the step has so many targets and tokens, and these assignments."""
+    tokens, sequences = torch.tensor(step_tokens), torch.tensor(0)
     totals = {
-        name: RoutingTotals(counts, torch.zeros(len(counts)), torch.tensor(step_tokens), torch.tensor(0))
-        for name, counts in assigned.items()
+        name: RoutingTotals(chosen, torch.zeros(len(chosen)), tokens, sequences) for name, chosen in assigned.items()
     }
-    losses = dict.fromkeys(assigned, LOSSES)
+    configs, counts = dict.fromkeys(assigned, LOSSES), dict.fromkeys(assigned, Count(tokens, sequences))
     objective = MaskedLMObjective(depth=2)
     summed = objective.summed(output, objective.nothing._replace(targets=targets), 0)
-    return share_of_loss(summed, output.routing, torch.tensor(step_targets), losses, totals, step=0)
+    loss, parts = share_of_loss(summed, output.routing, torch.tensor(step_targets), configs, counts, step=0)
+    other, others = loss_of_choices(output.routing, configs, totals, step=0)
+    return loss + other, parts | others
 
 
 def logits(*targets: float) -> Tensor:

@@ -11,13 +11,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe.config import ExpertsConfig
+from moe.depth import Count
 from moe.heads import MaskedLM
-from routing import RoutingTotals
+from routing import totals_of
 from routing.errors import UserError
 from tests.training.plan.runs import experts, micro_batch, small_run
 from training.config import RunConfig
-from training.objective import MaskedLMObjective, share_of_loss
+from training.objective import MaskedLMObjective
 from training.plan.counts import active_parameters, count_parameters, flops_per_token, targets_per_sequence
+from training.share import loss_of_choices, share_of_loss
 
 ROUTED = experts(4, 2, 48, activation="swiglu", shared_width=16, backend="loop")
 
@@ -77,14 +79,13 @@ def counted_flops(run: RunConfig) -> int:
     with plain, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         output = model(batch.input_ids, batch=batch.batch, target_index=batch.target_index)
         count = torch.tensor(tokens)
-        losses = {name: router.config.losses for name, router in model.encoder.routers().items()}
-        totals = {
-            name: RoutingTotals(stats.assigned, stats.prob_sum.detach(), count, stats.sequences)
-            for name, stats in output.routing.items()
-        }
+        configs = {name: router.config.losses for name, router in model.encoder.routers().items()}
+        counts = {name: Count(count, stats.sequences) for name, stats in output.routing.items()}
         summed = MaskedLMObjective(depth=2).summed(output, batch, 0)
-        loss, _ = share_of_loss(summed, output.routing, torch.tensor(len(batch.targets)), losses, totals, 0)
-        loss.backward()
+        weight = torch.tensor(len(batch.targets))
+        first, _ = share_of_loss(summed, output.routing, weight, configs, counts, 0)
+        totals = {name: totals_of(stats) for name, stats in output.routing.items()}
+        (first + loss_of_choices(output.routing, configs, totals, 0)[0]).backward()
     # Elementwise by nature, but written as a batched product. Recomputation stops before it where nothing follows.
     combine = sum(
         2 * tokens * ff.router.mean_choices(ff.count) * run.model.width * (3 + recomputed(run, ff))
