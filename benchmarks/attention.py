@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from benchmarks.attention_peers import PEERS, Peer
 from benchmarks.common import Row, arguments, device_in_use, interleaved_seconds, save, show, train_call
 from benchmarks.memory import peak_bytes
-from moe.attention.banded import rows_around
+from moe.attention.banded import Surroundings
 from moe.attention.convolution import convolve_heads
 from moe.attention.kinds import AttentionConfig, build_attention
 from moe.attention.varlen import varlen_attention
@@ -144,7 +144,7 @@ def cores(length: int, tokens: int, dtype: str, rounds: int) -> Iterator[Row]:
     values, logits = leaf(WIDTH), leaf(HEADS, taps)
     made: dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]] = {
         LIMIT: (partial(varlen_attention, k=k, v=v, batch=batch), [q, k, v]),
-        "ours span convolution": (lambda x: convolve_heads(logits, x, rows_around(batch, taps)), [values, logits]),
+        "ours span convolution": (lambda x: convolve_heads(logits, x, Surroundings(batch, taps)), [values, logits]),
     }
     for mode in MODES:
         passes = {

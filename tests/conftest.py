@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 import torch
 
-from moe.experts.cpu.build import why_unavailable
+from moe.compiled.build import why_unavailable
 
 # Derandomised: the same examples on every machine, so a red build is red for its author too.
 hypothesis.settings.register_profile("house", max_examples=50, deadline=None, derandomize=True)

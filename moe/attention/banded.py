@@ -1,8 +1,9 @@
-"""Convolution along packed sequences as products with banded matrices, and its depthwise form.
+"""Convolution along packed sequences, and its depthwise form: products with banded matrices, or compiled kernels.
 
-Tokens are copied to rows with zeros around every sequence, so a tap beyond a sequence's edge reads zero: nothing is
-ever read across. Rows come in blocks, each within one sequence, and a block of outputs is one product of a band with
-the rows around it. Everything follows from shapes, so nothing waits for the sequences' lengths.
+For the products tokens are copied to rows with zeros around every sequence, so a tap beyond a sequence's edge reads
+zero: nothing is ever read across. Rows come in blocks, each within one sequence, and a block of outputs is one product
+of a band with the rows around it. Everything follows from shapes, so nothing waits for the sequences' lengths. On a CPU
+that can compile them `banded_cpu.py` has kernels, which read the tokens where they are.
 
 Shape legend: T tokens, B sequences, H heads, C channels of a head, D channels, K taps (odd), N rows, R rows of a
 block, M blocks of all heads.
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe.attention import banded_cpu
 from moe.batch import PackedBatch, places
 
 _BLOCK = 16  # rows: fewer are too small a product, more compute too much beside the band
@@ -26,6 +28,19 @@ class Rows(NamedTuple):
     of_token: Tensor  # [T] int64, a token's row
     token: Tensor  # [N] int64, a row's token; T where there is none
     block: int  # R, at least K - 1
+
+
+class Surroundings:
+    """Of every token of a batch, as far as `taps` taps reach; found where they are first asked for."""
+
+    def __init__(self, batch: PackedBatch, taps: int) -> None:
+        self.batch, self.taps = batch, taps
+        self._rows: Rows | None = None
+
+    def rows(self) -> Rows:
+        if self._rows is None:
+            self._rows = rows_around(self.batch, self.taps)
+        return self._rows
 
 
 def rows_around(batch: PackedBatch, taps: int) -> Rows:
@@ -42,7 +57,7 @@ def rows_around(batch: PackedBatch, taps: int) -> Rows:
     return Rows(of_token, token.index_copy(0, of_token, torch.arange(tokens, device=token.device)), block)
 
 
-def convolve(kernel: Tensor, values: Tensor, rows: Rows) -> Tensor:
+def convolve(kernel: Tensor, values: Tensor, around: Surroundings) -> Tensor:
     """Every token's own kernel over the values around it: `y[t, h] = sum_k kernel[t, h, k] values[t + k - K // 2, h]`.
 
     Taps beyond the token's sequence count as zero.
@@ -50,28 +65,82 @@ def convolve(kernel: Tensor, values: Tensor, rows: Rows) -> Tensor:
     Args:
         kernel: `[T, H, K]`, K odd.
         values: `[T, H, C]`, same dtype.
-        rows: of `rows_around` for K taps.
+        around: for K taps.
 
     Returns:
         `[T, H, C]`.
     """
-    out: Tensor = _Convolution.apply(kernel, values, *rows)
+    out: Tensor
+    if banded_cpu.serves(kernel, values):
+        out = _CompiledConvolution.apply(kernel, values, around)
+    else:
+        out = _Convolution.apply(kernel, values, *around.rows())
     return out
 
 
-def depthwise(x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+def depthwise(x: Tensor, weight: Tensor, around: Surroundings) -> Tensor:
     """One kernel for each channel: `y[t, d] = sum_k weight[d, k] x[t + k - K // 2, d]`, zero beyond the sequence.
 
     Args:
         x: `[T, D]`.
         weight: `[D, K]`, K odd, same dtype.
-        rows: of `rows_around` for K taps.
+        around: for K taps.
 
     Returns:
         `[T, D]`.
     """
-    out: Tensor = _Depthwise.apply(x, weight, *rows)
+    out: Tensor
+    if banded_cpu.serves(x, weight):
+        out = _CompiledDepthwise.apply(x, weight, around)
+    else:
+        out = _Depthwise.apply(x, weight, *around.rows())
     return out
+
+
+class _CompiledConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernel: Tensor, values: Tensor, around: Surroundings) -> Tensor:
+        ctx.save_for_backward(kernel, values)
+        ctx.around = around
+        return banded_cpu.convolved(kernel, values, around.batch.cu_seqlens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kernel, values = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():  # its own gradient may be wanted: kernels have none
+            out = _Convolution.apply(kernel, values, *ctx.around.rows())
+            return (*_gradients(out, (kernel, values), wanted, grad), None)
+        return (*banded_cpu.convolved_backward(kernel, values, grad, ctx.around.batch.cu_seqlens, wanted), None)
+
+
+class _CompiledDepthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, around: Surroundings) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.around = around
+        return banded_cpu.slid(x, weight, around.batch.cu_seqlens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), wanted, bounds = ctx.saved_tensors, ctx.needs_input_grad[:2], ctx.around.batch.cu_seqlens
+        if torch.is_grad_enabled():
+            out = _Depthwise.apply(x, weight, *ctx.around.rows())
+            return (*_gradients(out, (x, weight), wanted, grad), None)
+        dx = banded_cpu.slid(grad, weight.flip(1), bounds) if wanted[0] else None
+        dweight = None
+        if wanted[1]:
+            dweight = banded_cpu.products_of_shifts(grad, x, weight.shape[1], bounds).to(weight.dtype)
+        return dx, dweight, None
+
+
+def _gradients(
+    out: Tensor, inputs: tuple[Tensor, Tensor], wanted: tuple[bool, bool], grad: Tensor
+) -> list[Tensor | None]:
+    """Of the wanted inputs, with a graph of their own."""
+    chosen = [x for x, want in zip(inputs, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(out, chosen, grad, create_graph=True))
+    return [next(found) if want else None for want in wanted]
 
 
 class _Convolution(torch.autograd.Function):

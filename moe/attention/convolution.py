@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe.attention.banded import Rows, convolve, depthwise, rows_around
+from moe.attention.banded import Surroundings, convolve, depthwise
 from moe.attention.heads import check_heads
 from moe.batch import PackedBatch
 from moe.precision import in_autocast
@@ -118,7 +118,7 @@ class LightweightConvolution(nn.Module):
         values = F.glu(self.input(x))
         heads, taps = self.kernel.shape
         kernels = _normalised(self.kernel, values.dtype).repeat_interleave(values.shape[1] // heads, 0)
-        return self.output(depthwise(values, kernels, rows_around(batch, taps))), None
+        return self.output(depthwise(values, kernels, Surroundings(batch, taps))), None
 
 
 class DynamicConvolution(nn.Module):
@@ -135,7 +135,7 @@ class DynamicConvolution(nn.Module):
         """`[T, D]` -> `[T, D]`, and no statistics: every head is always on."""
         values = F.glu(self.input(x))
         logits = self.kernel(values).unflatten(1, (self.heads, self.kernel_size))
-        return self.output(convolve_heads(logits, values, rows_around(batch, self.kernel_size))), None
+        return self.output(convolve_heads(logits, values, Surroundings(batch, self.kernel_size))), None
 
 
 class SpanConvolution(nn.Module):
@@ -150,9 +150,9 @@ class SpanConvolution(nn.Module):
 
     def forward(self, x: Tensor, batch: PackedBatch, tokens: Tokens) -> tuple[Tensor, RoutingStats | None]:
         """`[T, D]` -> `[T, D]`, and no statistics: every head is always on."""
-        x, rows = in_autocast(x), rows_around(batch, self.kernel_size)
+        x, around = in_autocast(x), Surroundings(batch, self.kernel_size)
         query, values = self.query_value(x).chunk(2, dim=1)
-        return self.output(convolve_heads(self.span(x, query, rows), values, rows)), None
+        return self.output(convolve_heads(self.span(x, query, around), values, around)), None
 
 
 class SpanKernel(nn.Module):
@@ -169,9 +169,9 @@ class SpanKernel(nn.Module):
         self.kernel = nn.Linear(inner, heads * kernel_size, bias=bias)
         _init_kernel(self.depthwise)
 
-    def forward(self, x: Tensor, query: Tensor, rows: Rows) -> Tensor:
+    def forward(self, x: Tensor, query: Tensor, around: Surroundings) -> Tensor:
         """`[T, D]`, `[T, D']` -> `[T, H, K]`."""
-        return self.from_spans(depthwise(x, self.depthwise.to(x.dtype), rows), query)
+        return self.from_spans(depthwise(x, self.depthwise.to(x.dtype), around), query)
 
     def from_spans(self, spans: Tensor, query: Tensor) -> Tensor:
         """The same, of tokens that were convolved already: `[T, D]`, `[T, D']` -> `[T, H, K]`."""
@@ -184,7 +184,7 @@ def span_kernel_params(width: int, inner: int, heads: int, taps: int, bias: bool
     return width * taps + inner * (width + bias) + heads * taps * (inner + bias)
 
 
-def convolve_heads(logits: Tensor, values: Tensor, rows: Rows) -> Tensor:
+def convolve_heads(logits: Tensor, values: Tensor, around: Surroundings) -> Tensor:
     """`convolve` with the softmax of `logits` over all taps, those beyond the sequence among them.
 
     Args:
@@ -195,7 +195,7 @@ def convolve_heads(logits: Tensor, values: Tensor, rows: Rows) -> Tensor:
         `[T, D']`, in the dtype of `values`.
     """
     heads = values.unflatten(1, (logits.shape[1], -1))
-    return convolve(_normalised(logits, values.dtype), heads, rows).flatten(1)
+    return convolve(_normalised(logits, values.dtype), heads, around).flatten(1)
 
 
 def _normalised(logits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from moe.attention.banded import rows_around
+from moe.attention.banded import Surroundings
 from moe.attention.convolution import KernelSize, SpanKernel, convolve_heads, span_kernel_params
 from moe.attention.heads import check_heads
 from moe.attention.varlen import varlen_attention
@@ -82,9 +82,9 @@ class MixedAttention(nn.Module):
 
     def forward(self, x: Tensor, batch: PackedBatch, tokens: Tokens) -> tuple[Tensor, RoutingStats | None]:
         """`[T, D]` -> `[T, D]`, and no statistics: every head is always on."""
-        x, rows = in_autocast(x), rows_around(batch, self.kernel_size)
+        x, around = in_autocast(x), Surroundings(batch, self.kernel_size)
         *attending, values = self.qkv(x).chunk(4, dim=1)
-        convolved = convolve_heads(self.span(x, attending[0], rows), values, rows)
+        convolved = convolve_heads(self.span(x, attending[0], around), values, around)
         q, k, v = (half.unflatten(1, (self.heads, -1)) for half in attending)
         angles = angles_at(batch.positions, q.shape[2], self.positions)
         attended = varlen_attention(turned(q, angles), turned(k, angles), v, batch).flatten(1)

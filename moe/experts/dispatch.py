@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
-from moe.experts.cpu.build import load_kernels, why_unavailable
+from moe.compiled.build import load_kernels, why_unavailable
+from moe.compiled.threads import in_memory
 from routing.sync import readable
 from routing.types import Routing
 
@@ -47,17 +47,6 @@ def plan_rows(routing: Routing) -> DispatchPlan:
     if _can_read(routing) and why_unavailable() is None:
         return _plan_by_counting(routing)
     return _plan_by_sorting(routing)
-
-
-def in_memory(*tensors: Tensor) -> bool:
-    """Whether each is where a CPU can point to it. Under torch.func's transforms and in FakeTensorMode none is."""
-    try:
-        for x in tensors:  # no all(..): called for every layer, and that takes twice as long
-            if isinstance(x, FakeTensor) or not x.is_cpu or (x.data_ptr() == 0 and x.numel() > 0):
-                return False
-    except RuntimeError:  # it has no storage
-        return False
-    return True
 
 
 def _can_read(routing: Routing) -> bool:

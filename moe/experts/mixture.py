@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe.compiled.build import why_unavailable
 from moe.experts.config import Backend
-from moe.experts.cpu.build import why_unavailable
-from moe.experts.cpu.mixture import cpu_mixture, serves
+from moe.experts.cpu_mixture import cpu_mixture, serves
 from moe.experts.dispatch import DispatchPlan, combine_rows, experts_of_rows
 from moe.experts.fastest import fastest
 from moe.experts.grouped_linear import GroupedLinear, loop_grouped_linear, torch_grouped_linear

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import moe
 from moe import EncoderConfig, LoraConfig, MaskedLM, TaskModel
-from moe.experts.cpu.build import why_unavailable
+from moe.compiled.build import why_unavailable
 from moe.lora import LowRank, is_adapted
 from moe.tasks.config import ClassificationConfig
 from routing.errors import UserError

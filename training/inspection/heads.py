@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe.attention.banded import rows_around
+from moe.attention.banded import Surroundings
 from moe.attention.cores import AlibiCore, PlainCore, RotaryCore, ShawCore, T5Core
 from moe.attention.mixed import MixedAttention
 from moe.attention.routed_heads import RoutedHeads
@@ -98,7 +98,7 @@ def projected(attention: nn.Module, x: Tensor, batch: PackedBatch) -> tuple[Tens
 def _kernels(attention: MixedAttention, x: Tensor, batch: PackedBatch) -> Tensor:
     """Of every token and head that convolves: `[T, H, K]` float64."""
     query = attention.qkv(x).chunk(4, dim=1)[0]
-    return attention.span(x, query, rows_around(batch, attention.kernel_size)).double().softmax(-1)
+    return attention.span(x, query, Surroundings(batch, attention.kernel_size)).double().softmax(-1)
 
 
 def probabilities(attention: nn.Module, q: Tensor, k: Tensor) -> Tensor:

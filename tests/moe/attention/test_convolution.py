@@ -101,6 +101,7 @@ def test_kernels_without_a_middle_are_refused(kind: str, size: int) -> None:
         config_of(kind, kernel_size=size)
 
 
+@pytest.mark.usefixtures("plain_operators")
 @every_kind
 def test_flops_are_those_of_the_products(kind: str) -> None:
     """The convolutions aside, which are counted as what they need: a multiply-add for each tap of a channel."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe.experts.cpu.build import why_unavailable
+from moe.compiled.build import why_unavailable
 from moe.experts.mixture import Mixture, choose_mixture
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from moe.compiled.build import why_unavailable
 from moe.experts import mixture as mixture_module
-from moe.experts.cpu.build import why_unavailable
-from moe.experts.cpu.mixture import cpu_mixture
+from moe.experts.cpu_mixture import cpu_mixture
 from moe.experts.mixture import auto_mixture, choose_mixture, loop_mixture, torch_mixture
 from moe.experts.triton_mixture import triton_mixture
 from routing import Routing
@@ -97,7 +97,7 @@ def test_auto_warns_once_where_the_fastest_kernels_are_missing(monkeypatch: pyte
     case = case_of(counted(3, 2), width=8, hidden=16)
     inputs = leaves(case, torch.float32)
     mixture_module._warn_once.cache_clear()
-    for name in ("mixture", "cpu.mixture"):
+    for name in ("mixture", "cpu_mixture"):
         monkeypatch.setattr(f"moe.experts.{name}.why_unavailable", lambda: "no compiler today; come tomorrow")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from moe.compiled.build import why_unavailable
 from moe.config import ExpertsConfig
-from moe.experts.cpu.build import why_unavailable
 from tests.training.conftest import ROOT
 from tests.training.plan.runs import Changes, experts, small_run
 from training.plan.plan import make_plan

@@ -1,4 +1,4 @@
-// What a caller asks for. Both structs are mirrored field by field in `mixture.py`.
+// What a caller asks of a mixture. Both structs are mirrored field by field in `moe/experts/cpu_mixture.py`.
 //
 // Shape legend: T tokens, K choices of each, R rows (kept assignments, sorted by expert), E experts, D model width,
 // F hidden width, P columns of `up` (F, or 2F when gated: gate first).

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe.compiled import build
+from moe.compiled.build import Unavailable, load_kernels, why_unavailable
 from moe.config import ExpertsConfig
-from moe.experts.cpu import build
-from moe.experts.cpu.build import Unavailable, load_kernels, why_unavailable
 from moe.experts.dispatch import _plan_by_sorting, plan_rows
 from moe.experts.layer import MoEFeedForward
 from moe.experts.mixture import auto_mixture, torch_mixture
@@ -23,6 +23,7 @@ from tests.moe.experts.mixtures import assert_same_bits, case_of, drawn, leaves,
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 TINY = """extern "C" {{
 long job_size() {{ return 0; }} void mixture_run() {{}} long long plan_rows() {{ return {}; }}
+long convolution_size() {{ return 0; }} void convolution_run() {{}}
 }}"""
 
 

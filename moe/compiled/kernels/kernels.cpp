@@ -1,4 +1,4 @@
-// The experts' arithmetic on a CPU: forward and backward of a mixture of feed-forward networks, fused.
+// Arithmetic on a CPU, forward and backward: a mixture of feed-forward networks, fused, and convolutions.
 //
 // All headers are parts of this one translation unit, hence their unnamed namespaces. Plain C entry points for ctypes,
 // and neither Python's headers nor torch's, so that it compiles in seconds.
@@ -6,6 +6,7 @@
 #include <atomic>
 #include <vector>
 
+#include "convolution.h"
 #include "mixture.h"
 
 namespace {
@@ -15,6 +16,13 @@ void run(const Job& job, const Task* tasks, int64_t count, std::atomic<int64_t>&
     static thread_local Scratch<X> scratch;  // kept from call to call
     Mixture<X, W> mixture(job, scratch);
     for (int64_t i; (i = next.fetch_add(1)) < count;) mixture.run(tasks[i]);
+}
+
+template <typename X>
+void run(const ConvolutionJob& job, const ConvolutionTask* tasks, int64_t count, std::atomic<int64_t>& next) {
+    static thread_local Buffer<float> buffer;
+    Convolution<X> convolution(job, buffer);
+    for (int64_t i; (i = next.fetch_add(1)) < count;) convolution.run(tasks[i]);
 }
 
 }  // namespace
@@ -32,8 +40,19 @@ void mixture_run(const Job* job, const Task* tasks, int64_t count, int64_t* next
         run<bf16, float>(*job, tasks, count, shared);
 }
 
-// By which a caller knows that its mirror of `Job` is as large.
+// The same for a convolution.
+void convolution_run(const ConvolutionJob* job, const ConvolutionTask* tasks, int64_t count, int64_t* next) {
+    auto& shared = *reinterpret_cast<std::atomic<int64_t>*>(next);
+    if (job->half)
+        run<bf16>(*job, tasks, count, shared);
+    else
+        run<float>(*job, tasks, count, shared);
+}
+
+// By which a caller knows that its mirror of a job is as large.
 int64_t job_size() { return sizeof(Job); }
+
+int64_t convolution_size() { return sizeof(ConvolutionJob); }
 
 // A stable counting sort of kept assignments by expert: assignments [N], ends [E], row_of [N] (0 where nothing is
 // kept). Returns how many are kept; -1 if one of them chose no expert.

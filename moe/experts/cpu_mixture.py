@@ -1,32 +1,25 @@
-"""The `cpu` backend: compiled kernels behind an autograd function. Shape legend in `kernels/job.h`.
+"""The `cpu` backend: compiled kernels behind an autograd function. Shape legend in `moe/compiled/kernels/job.h`.
 
-Work is cut into tasks (an expert's rows, a block of tokens) which threads take until none is left. What a task
-computes doesn't depend on how many threads there are, so neither do the bits of the result.
+A task is an expert's rows, or a block of tokens.
 """
 
 import ctypes
-import os
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from moe.experts.cpu.build import load_kernels, why_unavailable
-from moe.experts.dispatch import DispatchPlan, in_memory
+from moe.compiled.build import load_kernels, why_unavailable
+from moe.compiled.threads import Tasks, in_memory, plain, run_tasks, threads_for
+from moe.experts.dispatch import DispatchPlan
 from moe.feed_forward import Activation, input_width
 from routing.errors import UserError
 
 _ACTIVATIONS: tuple[Activation, ...] = ("gelu", "swiglu", "geglu")  # as numbered in the kernels
 _PIECE = 512  # rows or tokens of a task; a multiple of the kernels' slices
-_WORTH_THREADS = 1 << 24  # multiply-adds below which waking a thread costs more than it saves
 
 Task = tuple[int, int, int, int, int, int]  # kind, expert, from, to, part, parts
-Tasks = npt.NDArray[np.int64]  # one in each row
 
 
 class _Kind:
@@ -119,12 +112,12 @@ class _CpuMixture(torch.autograd.Function):
         plan: DispatchPlan,
         activation: Activation,
     ) -> Tensor:
-        x, weights, up, down = (_plain(tensor) for tensor in (x, weights.float(), up, down))
+        x, weights, up, down = (plain(tensor) for tensor in (x, weights.float(), up, down))
         plan = DispatchPlan(*(tensor.contiguous() for tensor in plan))
         rows, tokens = plan.assignments.shape[0], x.shape[0]
         pre, out = x.new_empty(rows, up.shape[2]), x.new_empty(rows, x.shape[1])
         y = torch.empty_like(x)
-        bias = None if up_bias is None else _plain(up_bias)
+        bias = None if up_bias is None else plain(up_bias)
         job = _job(x, weights, up, down, plan, activation, up_bias=bias, pre=pre, out=out, y=y)
         busy = _busy(plan)
         pieces = [task for expert in busy for task in _pieces(_Kind.FORWARD, *expert)]
@@ -160,16 +153,11 @@ class _CpuMixture(torch.autograd.Function):
         dpre, wh = (torch.empty_like(pre), x.new_empty(rows, down.shape[1])) if second else (None, None)
         second += _pieces(_Kind.SPREAD, 0, 0, tokens)
         grads = {"dpre": dpre, "wh": wh, "dweight": dweight, "dx_rows": dx_rows, "dx": dx, "dweights": dweights}
-        grads |= {"dy": _plain(dy), "dup": dup, "ddown": ddown, "dup_bias": dup_bias}
+        grads |= {"dy": plain(dy), "dup": dup, "ddown": ddown, "dup_bias": dup_bias}
         job = _job(x, weights, up, down, DispatchPlan(*planned), activation, pre=pre, **grads)
         idle = _idle(len(up), busy) if wants_up or wants_down or wants_bias else None
         _run(job, [first, second], 2 * rows * up.shape[1] * (up.shape[2] + down.shape[1]), idle)
         return dx, dweights if wants_weights else None, dup, ddown, dup_bias, None, None
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """With the numbers themselves in memory, not their negatives, one row after the other."""
-    return tensor.resolve_neg().contiguous()
 
 
 def _busy(plan: DispatchPlan) -> list[tuple[int, int, int]]:
@@ -228,44 +216,12 @@ def _run(job: _Job, phases: list[list[Task]], multiply_adds: int, more: Tasks | 
 
     `more` belongs to the first of them.
     """
-    threads = torch.get_num_threads()
-    if threads == 1 or multiply_adds < _WORTH_THREADS:
-        phases, threads = [[task for phase in phases for task in phase]], 1
+    threads = threads_for(multiply_adds)
+    if threads == 1:
+        phases = [[task for phase in phases for task in phase]]
+    tasks = [np.array(phase, np.int64).reshape(-1, 6) for phase in phases]
+    if more is not None and len(more):
+        tasks[0] = np.concatenate([tasks[0], more])
     kernels = load_kernels()
-    assert kernels.job_size() == ctypes.sizeof(_Job), "_Job isn't what the kernels' Job is: mend the one in mixture.py"
-    run = kernels.mixture_run
-    for phase in phases:
-        tasks = np.array(phase, np.int64)
-        if more is not None and len(more):
-            tasks, more = np.concatenate([tasks.reshape(-1, 6), more]), None
-        taken = ctypes.c_int64(0)
-        # Each of these keeps alive what it points to.
-        given = (ctypes.byref(job), tasks.ctypes.data_as(ctypes.c_void_p), len(tasks), ctypes.byref(taken))
-        helpers = _summon(threads - 1, min(threads, len(tasks)) - 1, run, *given)
-        run(*given)
-        for helper in helpers:
-            if not helper.cancel():  # it has begun
-                helper.result()
-
-
-def _summon(count: int, wanted: int, *call: Any) -> list[Future[None]]:
-    """So many helpers of a pool of `count` as can be had: none while the interpreter ends, or with no threads left."""
-    found: list[Future[None]] = []
-    pool = _helpers(count) if wanted > 0 else None
-    try:
-        while pool and len(found) < wanted:
-            found.append(pool.submit(*call))
-    except RuntimeError:
-        assert pool
-        pool.shutdown(cancel_futures=True)  # a call whose thread couldn't be started is still in its queue
-        _helpers.cache_clear()
-    return found
-
-
-@cache
-def _helpers(count: int) -> ThreadPoolExecutor:
-    """Kept until the process ends: one pool for each number of threads that torch was ever set to."""
-    return ThreadPoolExecutor(count, thread_name_prefix="experts")
-
-
-os.register_at_fork(after_in_child=_helpers.cache_clear)  # a child has none of its parent's threads
+    assert kernels.job_size() == ctypes.sizeof(_Job), "_Job isn't what the kernels' Job is: mend the one here"
+    run_tasks(kernels.mixture_run, job, tasks, threads)

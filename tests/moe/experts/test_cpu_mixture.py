@@ -4,7 +4,6 @@ import gc
 import os
 import signal
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,9 +12,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from benchmarks.memory import peak_bytes
+from moe.compiled import threads as shared
 from moe.config import Activation
-from moe.experts.cpu import mixture as cpu
-from moe.experts.cpu.mixture import cpu_mixture, serves
+from moe.experts.cpu_mixture import cpu_mixture, serves
 from moe.experts.dispatch import plan_rows
 from moe.feed_forward import activate
 from routing.errors import UserError
@@ -35,15 +34,6 @@ from tests.moe.experts.mixtures import (
 
 pytestmark = pytest.mark.usefixtures("kernels")
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
-
-
-@pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """However little there is to do, every thread is woken; the test may set how many there are."""
-    monkeypatch.setattr(cpu, "_WORTH_THREADS", 0)
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 # One expert has most rows (cut into parts), one none, and 1100 rows are three pieces.
@@ -142,7 +132,7 @@ def test_what_helpers_work_on_outlives_an_interrupted_call(monkeypatch: pytest.M
         return [weakref.ref(tensor) for tensor in (inputs["x"], inputs["up"], plan.assignments)]
 
     torch.set_num_threads(2)
-    monkeypatch.setattr(cpu, "_helpers", lambda _: Pool())
+    monkeypatch.setattr(shared, "_helpers", lambda _: Pool())
     tensors = interrupted()
     gc.collect()
     assert all(tensor() is not None for tensor in tensors)
@@ -239,10 +229,10 @@ def test_without_helpers_a_thread_does_everything(monkeypatch: pytest.MonkeyPatc
                 raise RuntimeError("can't start new thread")
             return super().submit(*call, **named)
 
-    cpu._helpers.cache_clear()
-    monkeypatch.setattr(cpu, "ThreadPoolExecutor", Pool)
+    shared._helpers.cache_clear()
+    monkeypatch.setattr(shared, "ThreadPoolExecutor", Pool)
     assert_same_bits(solve(cpu_mixture, case, inputs), right)
-    cpu._helpers.cache_clear()
+    shared._helpers.cache_clear()
 
 
 # ---------------------------------------------------------------- what is refused

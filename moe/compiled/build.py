@@ -10,7 +10,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-_SOURCE = Path(__file__).parent / "kernels" / "mixture.cpp"  # includes the others in its folder
+_SOURCE = Path(__file__).parent / "kernels" / "kernels.cpp"  # includes the others in its folder
 _FLAGS = (
     "-O3",
     "-march=native",
@@ -43,9 +43,10 @@ def load_kernels() -> ctypes.CDLL:
     except OSError:
         kernels = _build_anew(target)
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    kernels.job_size.argtypes, kernels.job_size.restype = [], integer
-    kernels.mixture_run.argtypes = [pointer, pointer, integer, pointer]
-    kernels.mixture_run.restype = None
+    for size in (kernels.job_size, kernels.convolution_size):
+        size.argtypes, size.restype = [], integer
+    for run in (kernels.mixture_run, kernels.convolution_run):
+        run.argtypes, run.restype = [pointer, pointer, integer, pointer], None
     kernels.plan_rows.argtypes = [pointer, pointer, integer, integer, pointer, pointer, pointer]
     kernels.plan_rows.restype = integer
     return kernels
