@@ -111,9 +111,9 @@ def sequence_balance_loss(stats: RoutingStats, totals: RoutingTotals | None = No
     return stats.sequence_balance_sum / totals.sequences.clamp(min=1)
 
 
-# Of the totals these need no more than counts, which are known before a forward pass;
+# Of the totals these need no more than counts, which are known before a forward pass.
 LOSSES_OF_COUNTS: dict[str, Loss] = {"z": z_loss, "entropy": entropy_loss, "sequence_balance": sequence_balance_loss}
-# these need what all shards' tokens choose. Their gradient goes through `prob_sum` alone.
+# These need what all shards' tokens choose. Their gradient goes through `prob_sum` alone.
 LOSSES_OF_CHOICES: dict[str, Loss] = {"balance": balance_loss, "importance": importance_loss}
 LOSSES = LOSSES_OF_CHOICES | LOSSES_OF_COUNTS
 

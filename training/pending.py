@@ -30,7 +30,7 @@ def on_cpu(report: Report) -> Report:
 
 
 class PendingSum:
-    """Values that are being summed over all ranks in the background. Collective, in this order on every rank.
+    """Values that are being summed over all ranks in the background. Collective: made in the same order on every rank.
 
     Args:
         values: detached; of the same shape on every rank. They become the sum.

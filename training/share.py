@@ -2,7 +2,7 @@
 
 The first needs to know how much the whole step holds, which is counted in advance. The other, the routers' balance and
 importance losses, needs what all ranks' tokens choose. Its gradient is added where the backward pass gets to a router,
-and its value is known after it: so no rank waits in the middle of a step.
+and its value is known after it: a rank that is ahead has the passes through the last layers to do before it waits.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,6 +45,7 @@ def share_of_loss(
         each routing loss that is configured, summed over routers.
     """
     weight = torch.where(step_weight > 0, step_weight, 1).float()  # without targets the sum is 0
+    # Totals of which only the counts are the step's: these losses look at nothing else.
     known = {name: RoutingTotals(stats.assigned, stats.prob_sum, *counts[name]) for name, stats in routing.items()}
     loss, parts = _of_routers(routing, configs, known, step, LOSSES_OF_COUNTS)
     return summed.loss / weight + loss, {name: part / weight for name, part in summed.parts.items()} | parts
@@ -53,7 +54,14 @@ def share_of_loss(
 def loss_of_choices(
     routing: Mapping[str, RoutingStats], configs: Configs, totals: Totals, step: int
 ) -> tuple[Tensor | float, dict[str, Tensor]]:
-    """The other half, for a micro-batch of one rank or of all: the same two, as a share of what `totals` are of."""
+    """The other half, for a micro-batch of one rank or of all.
+
+    Args:
+        totals: each router's, of the micro-batch over all ranks, or of the step.
+
+    Returns:
+        The loss, as a share of the loss of what `totals` are of, and its parts, as of the first half.
+    """
     return _of_routers(routing, configs, totals, step, LOSSES_OF_CHOICES)
 
 
@@ -68,7 +76,7 @@ def with_gradient_of_choices(
     """The first half, unchanged; but its backward pass adds `scale` times the gradient of the other half.
 
     Args:
-        loss: `[]`, scaled already.
+        loss: `[]`, scaled already; nothing may scale it further (as fp16 would, which isn't offered).
         totals: asked for when the backward pass gets to a router, behind all that was computed from its choices.
     """
     for name, stats in routing.items():

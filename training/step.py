@@ -1,7 +1,7 @@
 """One optimizer step: one gradient, however its batch is cut into ranks and micro-batches.
 
-Ranks wait for each other as little as can be. What they tell each other is summed in the background: the step's counts
-during the first forward pass, a micro-batch's loss and statistics during its backward pass.
+What ranks tell each other is summed in the background: the step's counts during the first forward pass, a micro-batch's
+loss and statistics during its backward pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -76,7 +76,7 @@ def train_step(
             finite loss is known only after the update.
     """
     model = engine.module
-    counting = _count(model, batches, objective, stop_requested, ranks)
+    counts_of_step = _send_counts(model, batches, objective, stop_requested, ranks)
     routers = model.routers()
     configs = {name: objective.routing_losses(router.config.losses) for name, router in routers.items()}
     in_advance = None
@@ -86,7 +86,7 @@ def train_step(
     for i, batch in enumerate(batches):
         output = objective.forward(engine, batch, ranks.device)
         summed = objective.summed(output, batch, step)
-        counts = counting()
+        counts = counts_of_step()
         loss, parts = share_of_loss(summed, output.routing, counts.weight, configs, counts.routed, step)
         report = PendingReport(Report(parts | {"total": loss}, output.routing))
         reports.append(report)
@@ -97,7 +97,7 @@ def train_step(
         engine.backward(loss, scale_wrt_gas=False)
         if i < len(batches) - 1:
             engine.step()
-    counts = counting()
+    counts = counts_of_step()
     whole = on_cpu(add_reports([_completed(report, in_advance, configs, counts, step) for report in reports]))
     values = {name: float(part) for name, part in whole.parts.items()}
     if not all(isfinite(value) for value in values.values()):
@@ -114,14 +114,14 @@ def train_step(
     return StepResult(values, norm, int(counts.tokens), whole.routing, bool(counts.stops))
 
 
-def _count(
+def _send_counts(
     model: MaskedLM | TaskModel,
     batches: Sequence[BatchT],
     objective: Objective[BatchT, OutputT],
     stop_requested: bool,
     ranks: Ranks,
 ) -> Callable[[], StepCounts]:
-    """Tell the other ranks what is here; the call waits for what there is in all."""
+    """Tell the other ranks what is here. What this returns waits for the sum."""
     mine = [
         sum(objective.weight(b) for b in batches),
         sum(len(b.input_ids) for b in batches),
@@ -151,7 +151,7 @@ def _totals(told: PendingReport, counts: StepCounts) -> Totals:
 def _completed(
     micro_batch: PendingReport, in_advance: PendingReport | None, configs: Configs, counts: StepCounts, step: int
 ) -> Report:
-    """Of all ranks' micro-batches, with the half of the loss that wasn't known before its backward pass."""
+    """Of one micro-batch on all ranks, with the half of the loss that wasn't known before its backward pass."""
     (parts, routing), totals = micro_batch.wait(), _totals(in_advance or micro_batch, counts)
     loss, of_choices = loss_of_choices(routing, configs, totals, step)
     first_half = {name: part for name, part in parts.items() if name != "total"}

@@ -106,41 +106,10 @@ class _CompiledConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kernel, values = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():  # its own gradient may be wanted: kernels have none
-            out = _Convolution.apply(kernel, values, *ctx.around.rows())
-            return (*_gradients(out, (kernel, values), wanted, grad), None)
-        return (*banded_cpu.convolved_backward(kernel, values, grad, ctx.around.batch.cu_seqlens, wanted), None)
-
-
-class _CompiledDepthwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, around: Surroundings) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.around = around
-        return banded_cpu.slid(x, weight, around.batch.cu_seqlens)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), wanted, bounds = ctx.saved_tensors, ctx.needs_input_grad[:2], ctx.around.batch.cu_seqlens
-        if torch.is_grad_enabled():
-            out = _Depthwise.apply(x, weight, *ctx.around.rows())
-            return (*_gradients(out, (x, weight), wanted, grad), None)
-        dx = banded_cpu.slid(grad, weight.flip(1), bounds) if wanted[0] else None
-        dweight = None
-        if wanted[1]:
-            dweight = banded_cpu.products_of_shifts(grad, x, weight.shape[1], bounds).to(weight.dtype)
-        return dx, dweight, None
-
-
-def _gradients(
-    out: Tensor, inputs: tuple[Tensor, Tensor], wanted: tuple[bool, bool], grad: Tensor
-) -> list[Tensor | None]:
-    """Of the wanted inputs, with a graph of their own."""
-    chosen = [x for x, want in zip(inputs, wanted, strict=True) if want]
-    found = iter(torch.autograd.grad(out, chosen, grad, create_graph=True))
-    return [next(found) if want else None for want in wanted]
+        (kernel, values), around, wanted = ctx.saved_tensors, ctx.around, ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():  # gradients of these gradients may be wanted: kernels have none
+            return *_convolution_gradients(kernel, values, grad, around.rows(), wanted), None
+        return *banded_cpu.convolved_backward(kernel, values, grad, around.batch.cu_seqlens, wanted), None
 
 
 class _Convolution(torch.autograd.Function):
@@ -156,18 +125,46 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kernel, values, of_token, token = ctx.saved_tensors
-        rows, taps = Rows(of_token, token, ctx.block), kernel.shape[2]
-        gradient, dkernel, dvalues = _lay(grad, rows), None, None
-        with torch.autocast(grad.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                windows = _windows(_lay(values, rows), rows, taps)
-                products = _blocks(gradient, rows, taps // 2) @ windows.transpose(1, 2)
-                dkernel = _of_tokens(_diagonals(products, taps), rows, kernel)
-            if ctx.needs_input_grad[1]:
-                # The same product with the transposed band: of row j's K kernels the taps that reached it.
-                bands = _turned(_lay(kernel, rows), rows)
-                dvalues = _of_tokens(_band(bands) @ _windows(gradient, rows, taps), rows, kernel)
-        return dkernel, dvalues, None, None, None
+        rows = Rows(of_token, token, ctx.block)
+        return *_convolution_gradients(kernel, values, grad, rows, ctx.needs_input_grad[:2]), None, None, None
+
+
+def _convolution_gradients(
+    kernel: Tensor, values: Tensor, grad: Tensor, rows: Rows, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of `kernel` and `values`, those that are wanted."""
+    taps = kernel.shape[2]
+    gradient, dkernel, dvalues = _lay(grad, rows), None, None
+    with torch.autocast(grad.device.type, enabled=False):
+        if wanted[0]:
+            windows = _windows(_lay(values, rows), rows, taps)
+            products = _blocks(gradient, rows, taps // 2) @ windows.transpose(1, 2)
+            dkernel = _of_tokens(_diagonals(products, taps), rows, kernel)
+        if wanted[1]:
+            # The same product with the transposed band: of row j's K kernels the taps that reached it.
+            bands = _turned(_lay(kernel, rows), rows)
+            dvalues = _of_tokens(_band(bands) @ _windows(gradient, rows, taps), rows, kernel)
+    return dkernel, dvalues
+
+
+class _CompiledDepthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, around: Surroundings) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.around = around
+        return banded_cpu.slid(x, weight, around.batch.cu_seqlens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), around, wanted = ctx.saved_tensors, ctx.around, ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():
+            return *_depthwise_gradients(x, weight, grad, around.rows(), wanted), None
+        bounds, dx, dweight = around.batch.cu_seqlens, None, None
+        if wanted[0]:
+            dx = banded_cpu.slid(grad, weight.flip(1), bounds)
+        if wanted[1]:
+            dweight = banded_cpu.products_of_shifts(grad, x, weight.shape[1], bounds).to(weight.dtype)
+        return dx, dweight, None
 
 
 class _Depthwise(torch.autograd.Function):
@@ -180,13 +177,21 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, of_token, token = ctx.saved_tensors
-        rows, dx, dweight = Rows(of_token, token, ctx.block), None, None
-        if ctx.needs_input_grad[0]:
-            dx = _slide(grad, weight.flip(1), rows)
-        if ctx.needs_input_grad[1]:
-            dweight = _products_of_shifts(_lay(grad[:, None], rows)[0], _lay(x[:, None], rows)[0], weight.shape[1])
-            dweight = dweight.t().to(weight.dtype)
-        return dx, dweight, None, None, None
+        rows = Rows(of_token, token, ctx.block)
+        return *_depthwise_gradients(x, weight, grad, rows, ctx.needs_input_grad[:2]), None, None, None
+
+
+def _depthwise_gradients(
+    x: Tensor, weight: Tensor, grad: Tensor, rows: Rows, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of `x` and `weight`, those that are wanted."""
+    dx, dweight = None, None
+    if wanted[0]:
+        dx = _slide(grad, weight.flip(1), rows)
+    if wanted[1]:
+        dweight = _products_of_shifts(_lay(grad[:, None], rows)[0], _lay(x[:, None], rows)[0], weight.shape[1])
+        dweight = dweight.t().to(weight.dtype)
+    return dx, dweight
 
 
 def _slide(x: Tensor, weight: Tensor, rows: Rows) -> Tensor:

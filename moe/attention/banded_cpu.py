@@ -12,7 +12,7 @@ from torch import Tensor
 from moe.compiled.build import load_kernels, why_unavailable
 from moe.compiled.threads import in_memory, plain, run_tasks, threads_for
 
-_BLOCK = 512  # tokens of a task
+_PIECE = 512  # tokens of a task
 
 
 class _Kind:
@@ -44,7 +44,7 @@ def serves(*tensors: Tensor) -> bool:
 def convolved(kernel: Tensor, values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """`[T, H, K]`, `[T, H, C]` -> `[T, H, C]`, as `banded.convolve`."""
     _check("kernel", kernel, (*values.shape[:2], kernel.shape[-1]))
-    y = torch.empty(values.shape, dtype=values.dtype)
+    y = values.new_empty(values.shape)
     _run(_Kind.CONVOLVE, kernel.shape[2], values, cu_seqlens, kernel=plain(kernel), y=y)
     return y
 
@@ -53,8 +53,8 @@ def convolved_backward(
     kernel: Tensor, values: Tensor, dy: Tensor, cu_seqlens: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `kernel` and `values`, those that are wanted."""
-    dkernel = torch.empty(kernel.shape, dtype=kernel.dtype) if wanted[0] else None
-    dx = torch.empty(values.shape, dtype=values.dtype) if wanted[1] else None
+    dkernel = kernel.new_empty(kernel.shape) if wanted[0] else None
+    dx = values.new_empty(values.shape) if wanted[1] else None
     others = {"kernel": plain(kernel), "dy": plain(dy), "dkernel": dkernel, "dx": dx}
     _run(_Kind.CONVOLVE_BACKWARD, kernel.shape[2], values, cu_seqlens, **others)
     return dkernel, dx
@@ -63,14 +63,14 @@ def convolved_backward(
 def slid(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
     """`[T, D]`, `[D, K]` -> `[T, D]`, as `banded.depthwise`."""
     _check("weight", weight, (x.shape[1], weight.shape[-1]))
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = x.new_empty(x.shape)
     _run(_Kind.DEPTHWISE, weight.shape[1], x[:, None], cu_seqlens, weight=plain(weight.t().float()), y=y)
     return y
 
 
 def products_of_shifts(dy: Tensor, x: Tensor, taps: int, cu_seqlens: Tensor) -> Tensor:
     """`[T, D]`, `[T, D]` -> `[D, K]` float32: `sum_t dy[t] x[t + k - K // 2]`, within sequences."""
-    sums = torch.empty(-(-len(x) // _BLOCK), taps, x.shape[1])
+    sums = x.new_empty(-(-len(x) // _PIECE), taps, x.shape[1], dtype=torch.float32)
     _run(_Kind.DEPTHWISE_WEIGHTS, taps, x[:, None], cu_seqlens, dy=plain(dy), dweight=sums)
     return sums.sum(0).t()
 
@@ -78,13 +78,14 @@ def products_of_shifts(dy: Tensor, x: Tensor, taps: int, cu_seqlens: Tensor) -> 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """The kernels believe what they are told."""
     if tensor.shape != shape or shape[-1] % 2 == 0:
-        raise ValueError(f"{name} must be {[*shape[:-1], 'an odd number of taps']}, got {list(tensor.shape)}")
+        sides = ", ".join(map(str, shape[:-1]))
+        raise ValueError(f"{name} must be [{sides}, an odd number of taps], got {list(tensor.shape)}")
 
 
 def _run(kind: int, taps: int, x: Tensor, cu_seqlens: Tensor, **others: Tensor | None) -> None:
     tokens, heads, channels = x.shape
-    if cu_seqlens.dtype != torch.int32 or int(cu_seqlens[-1]) != tokens:
-        raise ValueError(f"cu_seqlens must be int32 and end with {tokens}, the tokens; got {cu_seqlens}")
+    if cu_seqlens.dtype != torch.int32 or not in_memory(cu_seqlens) or cu_seqlens[[0, -1]].tolist() != [0, tokens]:
+        raise ValueError(f"cu_seqlens must be int32 on a CPU, from 0 to {tokens}, the tokens; got {cu_seqlens}")
     if x.is_neg() or x.stride()[1:] != (channels, 1):
         x = plain(x)
     tensors = {"x": x, "ends": cu_seqlens.contiguous(), **others}
@@ -93,9 +94,9 @@ def _run(kind: int, taps: int, x: Tensor, cu_seqlens: Tensor, **others: Tensor |
     job = _Job(heads, channels, taps, len(cu_seqlens) - 1, half, x_row=x.stride(0), **pointers)
     job.tensors = tensors
     kernels = load_kernels()
-    assert kernels.convolution_size() == ctypes.sizeof(_Job), "_Job isn't what the kernels' is: mend the one here"
-    starts = np.arange(0, tokens, _BLOCK, dtype=np.int64)
+    assert kernels.convolution_job_size() == ctypes.sizeof(_Job), "_Job isn't what the kernels' is: mend the one here"
+    starts = np.arange(0, tokens, _PIECE, dtype=np.int64)
     tasks = np.zeros((len(starts), 6), np.int64)
     tasks[:, 0], tasks[:, 1], tasks[:, 2] = kind, np.arange(len(starts)), starts
-    tasks[:, 3] = np.minimum(starts + _BLOCK, tokens)
+    tasks[:, 3] = np.minimum(starts + _PIECE, tokens)
     run_tasks(kernels.convolution_run, job, [tasks], threads_for(tokens * heads * channels * taps))

@@ -43,7 +43,7 @@ def load_kernels() -> ctypes.CDLL:
     except OSError:
         kernels = _build_anew(target)
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    for size in (kernels.job_size, kernels.convolution_size):
+    for size in (kernels.mixture_job_size, kernels.convolution_job_size):
         size.argtypes, size.restype = [], integer
     for run in (kernels.mixture_run, kernels.convolution_run):
         run.argtypes, run.restype = [pointer, pointer, integer, pointer], None

@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensor
 
 _WORTH_THREADS = 1 << 24  # multiply-adds below which waking a thread costs more than it saves
 
-Tasks = npt.NDArray[np.int64]  # one in each row, as `Task` in `kernels/job.h`
+Tasks = npt.NDArray[np.int64]  # one in each row, as `Task` or `ConvolutionTask` in the kernels
 
 
 def in_memory(*tensors: Tensor) -> bool:

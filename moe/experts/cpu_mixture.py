@@ -223,5 +223,5 @@ def _run(job: _Job, phases: list[list[Task]], multiply_adds: int, more: Tasks | 
     if more is not None and len(more):
         tasks[0] = np.concatenate([tasks[0], more])
     kernels = load_kernels()
-    assert kernels.job_size() == ctypes.sizeof(_Job), "_Job isn't what the kernels' Job is: mend the one here"
+    assert kernels.mixture_job_size() == ctypes.sizeof(_Job), "_Job isn't what the kernels' Job is: mend the one here"
     run_tasks(kernels.mixture_run, job, tasks, threads)

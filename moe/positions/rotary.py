@@ -124,8 +124,10 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     # Whole rows: by halves, of few channels each, a CPU is twice as slow. Not addcmul, which rounds otherwise where a
     # compiler takes it apart.
-    crossed = torch.cat([second, first], dim=-1) * torch.cat([-sin, sin], dim=-1)[:, None]
-    return x * torch.cat([cos, cos], dim=-1)[:, None] + crossed
+    out = torch.cat([second, first], dim=-1)
+    out *= torch.cat([-sin, sin], dim=-1)[:, None]
+    out += x * torch.cat([cos, cos], dim=-1)[:, None]
+    return out
 
 
 def _frequencies(config: RotaryConfig, channels: int, device: torch.device) -> Tensor:

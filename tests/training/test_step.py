@@ -184,6 +184,21 @@ def test_where_tokens_and_sequences_skip_blocks_every_cut_gives_the_gradients_of
     assert found["parameter encoder.stochastic_depth.noise_state"][1] == 3  # steps
 
 
+@pytest.mark.parametrize(("losses", "passes"), [({"balance": 0.0, "z": 0.1}, 2), ({"balance": 0.1}, 4)])
+def test_a_step_is_routed_in_advance_only_where_a_loss_needs_it(
+    losses: dict[str, float], passes: int, exact: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact["objective"] = {"routing_totals": "step"}
+    exact["train"]["micro_batch_tokens"] = exact["train"]["step_tokens"] // 2
+    exact["model"]["block"]["feed_forward"]["router"]["losses"] = losses
+    run, ranks = RunConfig.model_validate(exact), start_processes()
+    engine, stream = assemble(run, ranks)
+    forward, calls = MaskedLMObjective.forward, []
+    monkeypatch.setattr(MaskedLMObjective, "forward", lambda *given: calls.append(1) or forward(*given))
+    train_step(engine, stream.next_step(), MaskedLMObjective(run.model.depth, run.objective), ranks)
+    assert len(calls) == passes
+
+
 def test_losses_are_means_over_the_tokens_that_their_router_decided_for(exact: dict[str, Any]) -> None:
     exact["parallel"], exact["train"]["micro_batch_tokens"] = {}, exact["train"]["step_tokens"] // 2
     run, ranks = RunConfig.model_validate(with_skipping(exact)), start_processes()

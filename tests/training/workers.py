@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import time
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from training.inspection.text import describe_words, open_text, read_batches
 from training.loop import train
 from training.objective import MaskedLMObjective
 from training.optimizer_state import whole_moments, whole_parameters
+from training.pending import PendingReport, Report
 from training.pretrain import assemble as put_together
 from training.pretrain import pretrain, refuse_other_configs
 from training.resume import agreed_checkpoint
@@ -261,6 +263,37 @@ def merge_inspections(folder: str, text: str) -> None:
         assert (one == other).all()
     both = zip(merged.sequences.sequences(), whole.sequences.sequences(), strict=True)
     assert all(n == m and (one == other).all() for (n, one), (m, other) in both)
+
+
+def tell_each_other() -> None:
+    """Each rank its number, in a report; messages are waited for in another order than they were sent."""
+    ranks = start_processes()
+    sent = [PendingReport(Report({"part": torch.tensor(float(ranks.rank + i))}, {})) for i in range(3)]
+    for i in (2, 0, 1):
+        for _ in range(2):  # asked again it says the same
+            assert sent[i].wait().parts["part"] == sum(rank + i for rank in range(ranks.world))
+
+
+def go_on_while_another_rank_is_late(config: str, there: str) -> None:
+    """A step, in which the last rank doesn't begin its forward pass before the first one's backward pass is in the last
+    block's experts, just before it gets to their router."""
+    ranks = start_processes()
+    run = load_run_config(Path(config), [])
+    engine, stream = assemble(run, ranks)
+    forward = MaskedLMObjective.forward
+
+    def waits(self: MaskedLMObjective, *arguments: Any) -> Any:
+        if ranks.is_main:
+            weights = engine.module.encoder.blocks[-1].feed_forward.experts.down
+            weights.register_hook(lambda _: Path(there).touch())
+        deadline = time.monotonic() + 60
+        while not ranks.is_main and not Path(there).exists():
+            assert time.monotonic() < deadline, "the first rank waits for this one"
+            time.sleep(0.01)
+        return forward(self, *arguments)
+
+    with mock.patch.object(MaskedLMObjective, "forward", waits):
+        step.train_step(engine, stream.next_step()[:1], MaskedLMObjective(run.model.depth, run.objective), ranks)
 
 
 def on_ranks(world: str, function: str, *arguments: str) -> None:

@@ -1,5 +1,5 @@
-// Convolutions along packed sequences, forward and backward, task by task: a token reads the tokens around it, as far as
-// its sequence goes. Sums are float32. Mirrored field by field in `moe/attention/banded_cpu.py`.
+// Convolutions along packed sequences, forward and backward, task by task: a token reads the tokens around it, as far
+// as its sequence goes. Sums are float32. Mirrored field by field in `moe/attention/banded_cpu.py`.
 //
 // Shape legend: T tokens, B sequences, H heads, C channels of a head, D = H C, K taps (odd), S tasks.
 //
@@ -77,7 +77,8 @@ private:
     const int64_t H, C, D, K, reach;
     const X *x, *dy, *kernel;
 
-    // body(t, first, last) for every token of the task, with the taps that are in its sequence: first <= k < last.
+    // body(t, first, last) for every token of the task, with the taps that are in its sequence: first <= k < last. What
+    // is read lies within the tokens in whatever order bounds are, if the last of them is the number of tokens.
     template <typename Body>
     void for_tokens(const ConvolutionTask& task, Body body) {
         const int32_t* ends = job.ends;
@@ -91,7 +92,7 @@ private:
     }
 
     void convolve(int64_t t, int64_t first, int64_t last) {
-        float* taps = buffer.get(K + LANES);
+        float* taps = buffer.get(K);
         for (int64_t h = 0; h < H; h++) {
             widen(kernel + (t * H + h) * K, taps);
             X* out = (X*)job.y + t * D + h * C;
@@ -106,7 +107,7 @@ private:
 
     // Of the token's own kernel: how what it reads goes with its gradient; nothing for what it doesn't read.
     void kernel_gradient(int64_t t, int64_t first, int64_t last) {
-        float* taps = buffer.get(K + LANES);
+        float* taps = buffer.get(K);
         for (int64_t h = 0; h < H; h++) {
             std::fill(taps, taps + K, 0.0f);
             for (int64_t k = first; k < last; k++) {

@@ -50,9 +50,9 @@ void convolution_run(const ConvolutionJob* job, const ConvolutionTask* tasks, in
 }
 
 // By which a caller knows that its mirror of a job is as large.
-int64_t job_size() { return sizeof(Job); }
+int64_t mixture_job_size() { return sizeof(Job); }
 
-int64_t convolution_size() { return sizeof(ConvolutionJob); }
+int64_t convolution_job_size() { return sizeof(ConvolutionJob); }
 
 // A stable counting sort of kept assignments by expert: assignments [N], ends [E], row_of [N] (0 where nothing is
 // kept). Returns how many are kept; -1 if one of them chose no expert.

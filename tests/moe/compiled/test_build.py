@@ -22,8 +22,8 @@ from tests.moe.experts.mixtures import assert_same_bits, case_of, drawn, leaves,
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 TINY = """extern "C" {{
-long job_size() {{ return 0; }} void mixture_run() {{}} long long plan_rows() {{ return {}; }}
-long convolution_size() {{ return 0; }} void convolution_run() {{}}
+long mixture_job_size() {{ return 0; }} void mixture_run() {{}} long long plan_rows() {{ return {}; }}
+long convolution_job_size() {{ return 0; }} void convolution_run() {{}}
 }}"""
 
 
