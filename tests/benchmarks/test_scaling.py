@@ -123,6 +123,7 @@ def test_a_step_sends_what_the_plan_says(tmp_path: Path) -> None:
     dense = next(row for row in rows if row["case"] == "dense, ZeRO-0")
     options = {"width": 32, "tokens": 1024, "accumulation": 2, "precision": "fp32", "stage": 0}
     model = scaling.run_of("dense", 2, options).model
-    # All parameters as float32, there and back, of which half leave each time; three counts and two losses of 8 bytes.
+    # All parameters as float32, there and back, of which half leave each time; three counts, and of each of two
+    # micro-batches two losses, of 8 bytes.
     assert dense["gradients, MB"] == 4 * count_parameters(model).total / 1e6
-    assert dense["statistics, MB"] == (3 + 2) * 8 / 1e6
+    assert dense["statistics, MB"] == (3 + 2 * 2) * 8 / 1e6
