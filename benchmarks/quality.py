@@ -169,6 +169,7 @@ def row_of(arm: Arm, first: Arm, plan: Plan, by_time: bool, ranks: Ranks) -> Row
         "per step": per_step,
         "window": window,
         "loads": arm.loads_on_the_way(),
+        "windows": arm.windows,
         "curve": [tuple(point) for point in arm.curve],
         "ranks": ranks.world,
         "threads": torch.get_num_threads(),
@@ -214,7 +215,7 @@ def train_seeds(plans_by_seed: Sequence[Mapping[str, Plan]], options: Namespace,
 
 
 def tell(row: Row) -> None:
-    print({key: value for key, value in row.items() if key not in ("loads", "curve", "changes")}, flush=True)
+    print({key: value for key, value in row.items() if key not in ("loads", "windows", "curve", "changes")}, flush=True)
 
 
 def trained(options: Namespace) -> list[Row]:
@@ -293,8 +294,12 @@ def main(words: Sequence[str] | None = None) -> None:
     if by_time:
         show("held-out loss after", loss_at(shown, 0), None)
     show("held-out loss at step", loss_at(shown, 1), None)
-    if loads := loads_by_step(shown):
-        show("load per step, the median of the 100 up to", loads, None)
+    for column, title in (
+        ("loads", "load per step, the median of the 100 up to"),
+        ("windows", "load of the 100 up to"),
+    ):
+        if loads := loads_by_step(shown, column):
+            show(title, loads, None)
     if options.plot:
         plot(shown, options.plot)
 

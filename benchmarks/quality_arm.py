@@ -129,6 +129,7 @@ class Arm:
         self.failed: str | None = None  # why it ended before its budget
         self.curve: list[Point] = []
         self.loads: list[float] = []  # of the worst layer, each step
+        self.windows: list[float] = []  # of the worst layer, of each full WINDOW steps' sum
         self._recent: list[dict[str, RoutingStats]] = []
         self._snapshots: list[Snapshot] = []
 
@@ -159,6 +160,8 @@ class Arm:
         if result.routing:
             self.loads.append(_worst(result.routing))
             self._recent = [*self._recent[1 - WINDOW :], result.routing]
+            if len(self.loads) % WINDOW == 0:
+                self.windows.append(_worst(_summed(self._recent)))
         return took
 
     def _factor(self, share: float) -> float:
@@ -218,8 +221,7 @@ class Arm:
         """Max/mean of the worst layer over the last steps, at most WINDOW: median per step, and of their sum."""
         if not self._recent:
             return None, None
-        window = {name: add_stats([routing[name] for routing in self._recent]) for name in self._recent[0]}
-        return median(self.loads[-len(self._recent) :]), _worst(window)
+        return median(self.loads[-len(self._recent) :]), _worst(_summed(self._recent))
 
     def loads_on_the_way(self) -> list[float]:
         """Max/mean of the worst layer: the median of each WINDOW steps, and of those left over."""
@@ -335,6 +337,10 @@ def finished(arms: Sequence[Arm], ranks: Ranks) -> list[Arm]:
         if arm.failed and ranks.is_main:
             print(f"{arm.name!r} is left out: it came to {arm.failed}", file=sys.stderr, flush=True)
     return [arm for arm in arms if not arm.failed]
+
+
+def _summed(steps: Sequence[dict[str, RoutingStats]]) -> dict[str, RoutingStats]:
+    return {name: add_stats([routing[name] for routing in steps]) for name in steps[0]}
 
 
 def _worst(routing: dict[str, RoutingStats]) -> float:

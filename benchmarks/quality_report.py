@@ -28,6 +28,7 @@ COLUMNS = (
     "per step",
     "window",
     "loads",
+    "windows",
     "curve",
     "ranks",
     "threads",
@@ -183,17 +184,19 @@ def loss_at(rows: Sequence[Row], column: int) -> list[Row]:
     return table
 
 
-def loads_by_step(rows: Sequence[Row]) -> list[Row]:
-    """One row per routed arm: load per step in the WINDOW steps up to 100, 200, 400 and so on, over seeds."""
+def loads_by_step(rows: Sequence[Row], column: str) -> list[Row]:
+    """One row per routed arm: its load in the WINDOW steps up to 100, 200, 400 and so on, over seeds.
+
+    Args:
+        column: `loads`, the median of these steps, or `windows`, of their sum; None where it wasn't recorded.
+    """
     table: list[Row] = []
-    routed = by_arm([row for row in rows if row["loads"]])
-    longest = max((len(row["loads"]) for mine in routed.values() for row in mine), default=0)
+    routed = by_arm([row for row in rows if row[column]])
+    longest = max((len(row[column]) for mine in routed.values() for row in mine), default=0)
     for name, mine in routed.items():
         cells: Row = {"contender": name}
         for place in (2**i for i in range(longest.bit_length())):
-            cells[f"{place * WINDOW:,}"] = spread(
-                [row["loads"][place - 1] for row in mine if len(row["loads"]) >= place]
-            )
+            cells[f"{place * WINDOW:,}"] = spread([row[column][place - 1] for row in mine if len(row[column]) >= place])
         table.append(cells)
     return table
 

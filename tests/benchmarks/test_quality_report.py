@@ -29,6 +29,7 @@ def row(seed: int, **given: Any) -> dict[str, Any]:
             "per step": 1.2,
             "window": 1.1,
             "loads": [2.0 + seed, 1.5, 1.2],
+            "windows": [1.4 + seed],
             "curve": curve,
             "ranks": 1,
             "threads": 1,
@@ -61,9 +62,12 @@ def test_losses_on_the_way_are_at_the_same_places_of_all() -> None:
 
 
 def test_loads_are_told_at_doubled_steps() -> None:
-    loads = quality_report.loads_by_step([row(0), row(1, loads=[3.0]), row(0, contender="dense", loads=[])])
-    assert loads == [{"contender": "routed", "100": "2.500 ± 0.707", "200": "1.500"}]
-    assert quality_report.loads_by_step([row(0, loads=None)]) == []
+    rows = [row(0), row(1, loads=[3.0]), row(0, contender="dense", loads=[], windows=[])]
+    assert quality_report.loads_by_step(rows, "loads") == [
+        {"contender": "routed", "100": "2.500 ± 0.707", "200": "1.500"}
+    ]
+    assert quality_report.loads_by_step(rows, "windows") == [{"contender": "routed", "100": "1.900 ± 0.707"}]
+    assert quality_report.loads_by_step([row(0, windows=None)], "windows") == []  # a run of before it was recorded
 
 
 def of_two_seeds() -> list[dict[str, Any]]:
