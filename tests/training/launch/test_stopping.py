@@ -40,7 +40,7 @@ def test_a_stop_reaches_the_ranks_which_save_and_leave_nothing_behind(
 def test_a_stop_ends_the_wait_for_other_machines_after_a_crash(
     tiny: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], start: Start
 ) -> None:
-    words = ("--ranks", "1", "--nodes", "1:2", "--rendezvous", f"localhost:{free_port()}", "--last-call", "4")
+    words = ("--ranks", "1", "--nodes", "1:2", "--rendezvous", f"localhost:{free_port()}", "--last-call", "8")
     words += ("--restarts", "5", "--env", "PYTHONHOME=/nowhere")
     process = start(*words, "--", "pretrain", str(write_config(tiny)))
     assert process.stderr is not None
@@ -51,7 +51,7 @@ def test_a_stop_ends_the_wait_for_other_machines_after_a_crash(
     process.send_signal(signal.SIGTERM)
     begin = time.monotonic()
     _, errors = process.communicate(timeout=60)
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 6  # the wait would last 7.5 s more
     assert process.returncode == 130
     assert errors.startswith("moe launch: stopped; the same command goes on from the last whole checkpoint")
     assert len(errors.splitlines()) == 1
