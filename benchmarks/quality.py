@@ -4,13 +4,14 @@
 
 All arms of a seed start from the first arm's initial weights (those that they have too), see the same text in the same
 order, and train in turns of a few seconds on the same ranks, so that a drifting machine slows all alike: by default
-two processes of one thread, which on two cores are faster than two threads of one. Only their own optimizer steps count
-as their time, on the slowest rank. The learning rate warms up over 100 steps and falls over the last quarter of the
-budget. `equal time` is an arm's held-out loss at its end less the first arm's; `equal steps` the same less that of the
-first arm given just as many steps, with its own fall of the learning rate (a branch from a snapshot, some minutes more
-for each arm). Negative is better than the first arm. `per step` and `window` are the load's max/mean over the experts
-of the worst layer in the last 100 steps: their median, and of their sum. Arms are overrides of quality_base.yaml, by
-default those of quality_arms.yaml. A seed takes the minutes of all its arms together; then its rows are written.
+two processes of one thread, which on two cores are faster than two threads of one. Only their own optimizer steps
+count as their time, on the slowest rank. The learning rate warms up over 100 steps and falls over the last quarter of
+the budget. `equal time` is an arm's held-out loss at its end less the first arm's; `equal steps` the same less that of
+the first arm given just as many steps, with its own fall of the learning rate (a branch from a snapshot, some minutes
+more for each arm). Negative is better than the first arm. `per step` and `window` are the load's max/mean over the
+experts of the worst layer in the last 100 steps: their median, and of their sum; both are also told of hundreds on the
+way. Arms are overrides of quality_base.yaml, by default those of quality_arms.yaml. A seed takes the minutes of all
+its arms together; then its rows are written.
 
 Seeds can be run side by side, with `--ranks 1` and `--first-seed 1`, and then `--seeds 0 --with` their JSON.
 Tables and picture are of the seeds that all arms have; `--only` chooses arms of `--with` as well.
@@ -169,7 +170,7 @@ def row_of(arm: Arm, first: Arm, plan: Plan, by_time: bool, ranks: Ranks) -> Row
         "per step": per_step,
         "window": window,
         "loads": arm.loads_on_the_way(),
-        "windows": arm.windows,
+        "windows": arm.windows_on_the_way(),
         "curve": [tuple(point) for point in arm.curve],
         "ranks": ranks.world,
         "threads": torch.get_num_threads(),
@@ -296,7 +297,7 @@ def main(words: Sequence[str] | None = None) -> None:
     show("held-out loss at step", loss_at(shown, 1), None)
     for column, title in (
         ("loads", "load per step, the median of the 100 up to"),
-        ("windows", "load of the 100 up to"),
+        ("windows", "load over the 100 up to"),
     ):
         if loads := loads_by_step(shown, column):
             show(title, loads, None)

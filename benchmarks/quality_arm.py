@@ -129,7 +129,7 @@ class Arm:
         self.failed: str | None = None  # why it ended before its budget
         self.curve: list[Point] = []
         self.loads: list[float] = []  # of the worst layer, each step
-        self.windows: list[float] = []  # of the worst layer, of each full WINDOW steps' sum
+        self._windows: list[float] = []  # of the worst layer, of each full WINDOW steps' sum
         self._recent: list[dict[str, RoutingStats]] = []
         self._snapshots: list[Snapshot] = []
 
@@ -161,7 +161,7 @@ class Arm:
             self.loads.append(_worst(result.routing))
             self._recent = [*self._recent[1 - WINDOW :], result.routing]
             if len(self.loads) % WINDOW == 0:
-                self.windows.append(_worst(_summed(self._recent)))
+                self._windows.append(_worst(_summed(self._recent)))
         return took
 
     def _factor(self, share: float) -> float:
@@ -226,6 +226,10 @@ class Arm:
     def loads_on_the_way(self) -> list[float]:
         """Max/mean of the worst layer: the median of each WINDOW steps, and of those left over."""
         return [median(self.loads[begin : begin + WINDOW]) for begin in range(0, len(self.loads), WINDOW)]
+
+    def windows_on_the_way(self) -> list[float]:
+        """Max/mean of the worst layer, of the sum of each full WINDOW steps."""
+        return list(self._windows)
 
     def keep(self, share: float) -> None:
         """Take a snapshot, at that share of the budget, so that a branch may start here; not where the rate falls."""

@@ -185,16 +185,16 @@ def loss_at(rows: Sequence[Row], column: int) -> list[Row]:
 
 
 def loads_by_step(rows: Sequence[Row], column: str) -> list[Row]:
-    """One row per routed arm: its load in the WINDOW steps up to 100, 200, 400 and so on, over seeds.
+    """One row per routed arm: its load in the WINDOW steps up to 100, 200, 400 and so on, over the seeds that it names.
 
     Args:
-        column: `loads`, the median of these steps, or `windows`, of their sum; None where it wasn't recorded.
+        column: `loads`, the median of these steps, or `windows`, of their sum; a row has None where it wasn't recorded.
     """
     table: list[Row] = []
     routed = by_arm([row for row in rows if row[column]])
     longest = max((len(row[column]) for mine in routed.values() for row in mine), default=0)
     for name, mine in routed.items():
-        cells: Row = {"contender": name}
+        cells: Row = {"contender": name, "seeds": ", ".join(str(row["seed"]) for row in mine)}
         for place in (2**i for i in range(longest.bit_length())):
             cells[f"{place * WINDOW:,}"] = spread([row[column][place - 1] for row in mine if len(row[column]) >= place])
         table.append(cells)

@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from tests.benchmarks.conftest import EXPERTS, small
 from training.config import load_run_config
 from training.data.prepare import prepare
 from training.engine import Ranks
-from training.step import NonFiniteLoss
+from training.step import NonFiniteLoss, StepResult
 
 LAYER = "encoder.blocks.0.feed_forward."
 UPCYCLED = CourseConfig(upcycle=MidUpcycleConfig(at=0.5, experts=4, layers=(0,)))
@@ -45,6 +47,36 @@ def test_a_branch_is_the_run_that_had_that_budget(text: Path, tmp_path: Path, ra
     assert long.loss_after(8) == short.curve[-1].loss
     assert long.loss_after(24) == long.curve[-1].loss  # another one, from where it should start
     assert long.loss_after(30) == longer.curve[-1].loss  # of more steps than its own, from before its rate fell
+
+
+def test_loads_are_of_steps_and_of_windows(
+    text: Path, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality_arm, "WINDOW", 4)
+    arm = arm_of(tmp_path, ranks, [*small(text), f"model.block.feed_forward={json.dumps(EXPERTS)}"])
+    counts = []
+    train = quality_arm.train_step
+
+    def noted(*given: Any) -> StepResult:
+        result = train(*given)
+        counts.append(torch.stack([s.assigned for s in result.routing.values()]).double())
+        return result
+
+    monkeypatch.setattr(quality_arm, "train_step", noted)
+    for step in range(10):
+        arm.train(step / 10)
+
+    def load(layers: torch.Tensor) -> float:  # [layers, experts]
+        return float((layers.amax(1) / layers.mean(1)).max())
+
+    each = [load(layers) for layers in counts]
+    assert arm.loads_on_the_way() == pytest.approx([median(each[:4]), median(each[4:8]), median(each[8:])])
+    windows = arm.windows_on_the_way()
+    assert windows == pytest.approx([load(sum(counts[:4])), load(sum(counts[4:8]))])
+    assert arm.balance() == pytest.approx((median(each[6:]), load(sum(counts[6:]))))
+    arm.train(1.0)
+    arm.train(1.0)
+    assert (len(windows), len(arm.windows_on_the_way())) == (2, 3)  # a row that is written stays as it was
 
 
 def test_a_step_takes_as_long_as_on_the_slowest_rank(

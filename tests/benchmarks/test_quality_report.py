@@ -64,10 +64,11 @@ def test_losses_on_the_way_are_at_the_same_places_of_all() -> None:
 def test_loads_are_told_at_doubled_steps() -> None:
     rows = [row(0), row(1, loads=[3.0]), row(0, contender="dense", loads=[], windows=[])]
     assert quality_report.loads_by_step(rows, "loads") == [
-        {"contender": "routed", "100": "2.500 ± 0.707", "200": "1.500"}
+        {"contender": "routed", "seeds": "0, 1", "100": "2.500 ± 0.707", "200": "1.500"}
     ]
-    assert quality_report.loads_by_step(rows, "windows") == [{"contender": "routed", "100": "1.900 ± 0.707"}]
-    assert quality_report.loads_by_step([row(0, windows=None)], "windows") == []  # a run of before it was recorded
+    rows[1]["windows"] = None  # a run of before it was recorded
+    assert quality_report.loads_by_step(rows, "windows") == [{"contender": "routed", "seeds": "0", "100": "1.400"}]
+    assert quality_report.loads_by_step(rows[1:], "windows") == []
 
 
 def of_two_seeds() -> list[dict[str, Any]]:
